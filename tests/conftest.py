@@ -1,0 +1,47 @@
+"""Fixtures shared by every test. What a machine lacks is skipped with the reason, except where `CAPTION_NB_REQUIRE`
+names it (`.ci/run` does: there a missing piece is a failure)."""
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent/'shared'
+
+
+def need(name: str, there: bool, reason: str):
+    "Skip with `reason` if `name` is not there; fail instead if `CAPTION_NB_REQUIRE` lists `name`"
+    if there: return
+    if name in os.environ.get('CAPTION_NB_REQUIRE', '').split(','): pytest.fail(f'{name} is required here: {reason}')
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope='session')
+def shared() -> Path:
+    "The developers' folder of real data, beside the checkout"
+    need('shared', SHARED.is_dir(), f'no {SHARED.name}/ beside the checkout: real data and reference scores live there')
+    return SHARED
+
+
+@pytest.fixture(scope='session')
+def flickr8k(shared) -> Path: return shared/'data'/'flickr8k'
+
+
+@pytest.fixture(scope='session')
+def mobilenet(shared) -> Path: return shared/'weights'/'mobilenetv2_100_tf.safetensors'
+
+
+@pytest.fixture(scope='session')
+def java() -> str:
+    "Path of a Java runtime, for the original metric tools"
+    need('java', bool(shutil.which('java')), 'no java on PATH: the original caption metrics run on it')
+    return shutil.which('java')
+
+
+@pytest.fixture(scope='session')
+def chromium() -> str:
+    "Path of a real browser"
+    found = next((p for n in ('chromium', 'chromium-browser', 'google-chrome') if (p := shutil.which(n))), None)
+    need('chromium', bool(found), 'no Chromium on PATH: browser tests drive a real one')
+    return found
