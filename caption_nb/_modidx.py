@@ -429,5 +429,5 @@ d = { 'settings': { 'branch': 'main',
                                   'caption_nb.views.save': ('attention_views.html#save', 'caption_nb/views.py'),
                                   'caption_nb.views.save_page': ('attention_views.html#save_page', 'caption_nb/views.py'),
                                   'caption_nb.views.show_animation': ('attention_views.html#show_animation', 'caption_nb/views.py'),
-                                  'caption_nb.views.upsample_attention': ( 'attention_views.html#upsample_attention',
-                                                                           'caption_nb/views.py')}}}
+                                  'caption_nb.views.upsample_attention': ('attention_views.html#upsample_attention', 'caption_nb/views.py'),
+                                  'caption_nb.views.word_boxes': ('attention_views.html#word_boxes', 'caption_nb/views.py')}}}
