@@ -78,6 +78,11 @@ def public_symbols(pages: list[Page]) -> dict[str, str]:
     return {short: full[0] for short, full in found.items() if len(full) == 1}
 
 
+def label(full_name: str) -> str:
+    "The target of links to a symbol. Sphinx ignores case, so a class must not share it with a function of the same letters"
+    return full_name + ('-class' if full_name.rsplit('.', 1)[1][:1].isupper() else '')
+
+
 def type_name(annotation) -> str:
     "How an annotation is written in a table"
     if annotation is inspect.Parameter.empty or annotation is None: return ''
@@ -113,14 +118,16 @@ def parameter_table(symbol) -> str:
         rows = docments(symbol, full=True, returns=not inspect.isclass(symbol))
         order = list(inspect.signature(symbol).parameters)
     except (ValueError, TypeError): return ''
-    lines = []
+    rows_shown = []
     for name in [n for n in order if n in rows and n not in ('self', 'cls')] + ['return'] * ('return' in rows):
         row = rows[name]
         cells = [f'`{name}`' if name != 'return' else '**returns**', code(type_name(row.get('anno'))),
                  code(default_text(row.get('default', inspect.Parameter.empty))), prose(row.get('docment'))]
-        if name != 'return' or any(cells[1:]): lines.append('| ' + ' | '.join(cells) + ' |')
-    if not lines: return ''
-    return '\n'.join(['| name | type | default | meaning |', '|---|---|---|---|', *lines])
+        if name != 'return' or any(cells[1:]): rows_shown.append(cells)
+    if not rows_shown: return ''
+    heads = ['name', 'type', 'default', 'meaning']
+    used = [i for i in range(4) if i == 0 or any(cells[i] for cells in rows_shown)]
+    return '\n'.join('| ' + ' | '.join(cells[i] for i in used) + ' |' for cells in [heads, ['---'] * 4, *rows_shown])
 
 
 def method_table(symbol: type) -> str:
@@ -145,7 +152,7 @@ def symbol_entry(full_name: str, level: int) -> str:
     symbol = importlib.import_module(f'{PACKAGE}.{module}')
     for part in name.split('.'): symbol = getattr(symbol, part)
     kind = 'class' if inspect.isclass(symbol) else 'def'
-    parts = [f'({full_name})=\n{"#" * level} {name}', f'{{.entry}}\n*{kind}* `{PACKAGE}.{module}.{name}`']
+    parts = [f'({label(full_name)})=\n{"#" * level} {name}', f'{{.entry}}\n*{kind}* `{PACKAGE}.{module}.{name}`']
     if doc := inspect.getdoc(symbol): parts.append(prose_paragraph(doc))
     parts += [parameter_table(symbol), method_table(symbol) if inspect.isclass(symbol) else '']
     return '\n\n'.join(p for p in parts if p)
@@ -159,11 +166,11 @@ def prose_paragraph(doc: str) -> str:
 
 # ---- cells ------------------------------------------------------------------------------------------------------
 
-def defined_names(source: str) -> list[str]:
-    "Public functions and classes that a cell defines at top level; `@patch` methods as `Class.method`"
+def defined_names(source: str, private: bool = False) -> list[str]:
+    "Public (or also private) functions and classes that a cell defines at top level; `@patch` methods as `Class.method`"
     names = []
     for node in ast.parse(re.sub(r'^\s*[%!].*$', '', source, flags=re.M)).body:
-        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or node.name.startswith('_'): continue
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or (node.name.startswith('_') and not private): continue
         decorators = {getattr(d, 'id', getattr(d, 'attr', '')) for d in getattr(node, 'decorator_list', [])}
         owner = node.args.args[0].annotation if 'patch' in decorators else None
         names.append(f'{owner.id}.{node.name}' if isinstance(owner, ast.Name) else node.name)
@@ -183,7 +190,7 @@ def link_names(text: str, symbols: dict[str, str], here: str = '') -> str:
         short = name.split('.')[-1]
         full = symbols.get(name) or (symbols.get(short) if symbols.get(short, '').endswith(f'.{name}') else None)
         telling = name[:1].isupper() or '_' in name or match[1].endswith('()') or '.' in name   # not every `score` is the function
-        return f'[`{match[1]}`](#{full})' if full and telling else match[0]
+        return f'[`{match[1]}`](#{label(full)})' if full and telling else match[0]
     pieces = fences.split(text)
     for i, piece in enumerate(pieces):
         if i % 2: continue
@@ -249,10 +256,12 @@ def code_cells(cell: NotebookNode, page: Page, level: int) -> list[NotebookNode]
     if exported and 'exports' not in marks: tags.add('hide-input')
     cell.source, cell.metadata = source, NotebookNode(tags=sorted(tags)) if tags else NotebookNode()
     clean_outputs(cell)
-    if exported and page.module and 'exporti' not in marks:
+    if exported and page.module:
         names = defined_names(source)
-        entries = [new_markdown_cell(symbol_entry(f'{page.module}.{name}', level)) for name in names]
-        return entries + [cell]
+        prompt = f'Source of {", ".join(defined)}' if (defined := defined_names(source, private=True)) else 'Source'
+        cell.metadata.mystnb = {'code_prompt_show': prompt, 'code_prompt_hide': prompt}
+        shown = names if 'exporti' not in marks else []
+        return [new_markdown_cell(symbol_entry(f'{page.module}.{name}', max(level, 3))) for name in shown] + [cell]
     return [cell] if source or cell.outputs else []
 
 
@@ -349,7 +358,7 @@ def write_sources(source: Path, run: Path | None):
         if page.name == 'index':
             numbered = [p.name for p in pages if p.source.parent.as_posix() == 'nbs']
             tutorials = [p.name for p in pages if p.name.startswith('tutorials/')]
-            trees = [toctree('Modules', numbered)] + [toctree('Tutorials', tutorials)] * bool(tutorials)
+            trees = ['```{toctree}\n:hidden:\n\nHome <self>\n```', toctree('Modules', numbered)] + [toctree('Tutorials', tutorials)] * bool(tutorials)
             trees += [toctree('Experiments', ['run'])] * bool(run) + [toctree('Project', ['contributing', 'changelog'])]
             notebook.cells.append(new_markdown_cell('\n\n'.join(trees)))
         nbformat.write(notebook, target)

@@ -23,6 +23,7 @@ def readme_text() -> str:
         text = '\n'.join(o.rstrip() for o in outputs if o.strip() and not o.startswith('<'))
         if text: cells.append(nbformat.v4.new_markdown_cell(f'```text\n{text}\n```'))
     notebook.cells = cells
+    notebook.metadata.language_info = {'name': 'python'}
     body, _ = MarkdownExporter().from_notebook_node(notebook)
     note = '<!-- made from index.ipynb by `make readme`: edit that notebook, not this file -->'
     return note + '\n\n' + re.sub(r'\n{3,}', '\n\n', body).strip() + '\n'
