@@ -9,9 +9,10 @@ __all__ = ['DECODER_OPTIONS', 'DECODERS', 'CHECKPOINT_FILES', 'FREE_FIELDS', 'op
            'make_decoder', 'CaptionModel', 'rate_factor', 'Ema', 'Machine', 'time_step', 'choose_machine',
            'recover_checkpoint', 'write_checkpoint', 'model_files', 'find_checkpoint', 'load_model', 'caption_images',
            'attention_maps', 'default_cache', 'choose_device', 'Trainer', 'read_lines', 'prepare_data',
-           'prepare_encoder', 'prepare_source', 'Explanation', 'Captioner', 'Evaluation', 'demo_config', 'main']
+           'prepare_encoder', 'checked_store', 'prepare_source', 'Explanation', 'Captioner', 'Evaluation',
+           'demo_config', 'main']
 
-# %% ../nbs/60_training.ipynb #ccb0a377
+# %% ../nbs/60_training.ipynb #4fcc40a0
 import copy
 import dataclasses
 import errno
@@ -46,12 +47,12 @@ from .data import CaptionData, load_data, open_image
 from .decoder import Decoder
 from .decoding import Hypothesis, generate
 from .encoders import Encoder, load_weights, make_encoder
-from .features import default_store_path, extract, load_images
+from .features import FeatureStore, default_store_path, extract, load_images
 from .metrics import Scores, score
 from .scenes import Grounding, grounding, make_scenes
 from .text import Vocab
 
-# %% ../nbs/60_training.ipynb #a755286c
+# %% ../nbs/60_training.ipynb #d180efcc
 def option(group: str, # Heading under which the field is shown
            default: str | int | float | bool, # Its type is the field's type
            help: str, # Meaning, and unit where there is one
@@ -62,7 +63,7 @@ def option(group: str, # Heading under which the field is shown
     "A dataclass field with its `help` and the limits that `Config.validate` checks"
     return dataclasses.field(default=default, metadata=dict(group=group, help=help, choices=tuple(choices), low=low, high=high))
 
-# %% ../nbs/60_training.ipynb #3553f966
+# %% ../nbs/60_training.ipynb #5bfc0773
 @dataclass
 class DataOptions:
     "What to learn from"
@@ -91,7 +92,7 @@ class EncoderOptions:
     flip: bool = option('encoder', False, 'train on mirrored images too, except where a caption says left or right')
     cache_dir: str = option('encoder', '', 'folder for features and drawn scenes; empty is ~/.cache/caption_nb')
 
-# %% ../nbs/60_training.ipynb #07ea017b
+# %% ../nbs/60_training.ipynb #c649dde6
 @dataclass
 class DecoderOptions:
     "What writes the words"
@@ -116,7 +117,7 @@ class DecodingOptions:
     length_norm: float = option('decoding', 1.0, 'a caption scores its log-probability divided by length to this power', low=0)
     ban_unk: bool = option('decoding', True, 'never write the unknown word')
 
-# %% ../nbs/60_training.ipynb #097abb13
+# %% ../nbs/60_training.ipynb #3f567404
 @dataclass
 class TrainingOptions:
     "How the weights are found"
@@ -155,7 +156,7 @@ class RecordOptions:
     runs_dir: str = option('record', 'papermill_runs', 'folder that holds the run folders')
     resume: str = option('record', '', 'run folder to continue')
 
-# %% ../nbs/60_training.ipynb #28923d1b
+# %% ../nbs/60_training.ipynb #78a08f4a
 class ConfigError(ValueError):
     "A field of `Config` has a name, a type or a value that cannot be"
 
@@ -199,7 +200,7 @@ class Config(RecordOptions, MachineOptions, DecodingOptions, TrainingOptions, De
         if faults: raise ConfigError('\n'.join(faults))
         return self
 
-# %% ../nbs/60_training.ipynb #537cb45f
+# %% ../nbs/60_training.ipynb #f5bdaed6
 def typed(name: str, # Field, for the message
           value, # What was given
           kind: type, # What is wanted: str, int, float or bool
@@ -232,7 +233,7 @@ def channel_values(text: str, # '' or '0.5' or '0.485,0.456,0.406'
     if len(values) not in (1, 3): raise ValueError(f'{text!r}: one number or three, separated by commas')
     return values if len(values) == 3 else values*3
 
-# %% ../nbs/60_training.ipynb #6549bd5b
+# %% ../nbs/60_training.ipynb #7980ae48
 # Which fields of the decoder group each decoder takes, and under which name of its constructor
 DECODER_OPTIONS = {
     'attention_lstm': dict(embed_dim='embed_dim', hidden_dim='hidden_dim', attention_dim='attention_dim', attention='score', gate='gate',
@@ -260,7 +261,7 @@ def combination_faults(config: Config) -> list[str]:
         if getattr(c, name) == 0: faults.append(f'{name}=0.0: must be more than 0')
     return faults
 
-# %% ../nbs/60_training.ipynb #a89ada2a
+# %% ../nbs/60_training.ipynb #edf3a351
 @dataclass
 class FieldHelp:
     "One line of `config_help`"
@@ -273,7 +274,7 @@ def config_help() -> list[FieldHelp]:
                       f.metadata['help'] + (f'; one of {", ".join(map(repr, c))}' if (c := f.metadata['choices']) else ''))
             for f in dataclasses.fields(Config)]
 
-# %% ../nbs/60_training.ipynb #7c4ed156
+# %% ../nbs/60_training.ipynb #05aac560
 # Every decoder there is: add its class here and its options to DECODER_OPTIONS
 DECODERS = {'attention_lstm': AttentionLSTM}
 
@@ -287,7 +288,7 @@ def make_decoder(config: Config, # Which decoder, and its options
     if 'score' in options: options['score'] = options['score'].removeprefix('additive_')
     return DECODERS[config.decoder](len(vocab), encoder.dim, pad_id=vocab.pad_id, **options)
 
-# %% ../nbs/60_training.ipynb #8dc7969f
+# %% ../nbs/60_training.ipynb #aae84e5c
 class CaptionModel(nn.Module):
     "An encoder and a decoder: from pixels or stored features to the loss of captions"
     def __init__(self, encoder: Encoder, decoder: Decoder):
@@ -311,7 +312,7 @@ class CaptionModel(nn.Module):
         words = F.cross_entropy(logits.float(), batch.targets[mask], label_smoothing=label_smoothing)
         return words + sum(self.decoder.loss_terms(attention, mask).values()), words
 
-# %% ../nbs/60_training.ipynb #b97a6a8c
+# %% ../nbs/60_training.ipynb #dd3d9a7f
 def rate_factor(step: int, # Steps done so far
                 steps: int, # Steps in all
                 warmup: int, # Steps of the rise
@@ -322,7 +323,7 @@ def rate_factor(step: int, # Steps done so far
     if step < warmup: return (step + 1)/(warmup + 1)
     return 1. if schedule != 'cosine' else 0.5*(1 + math.cos(math.pi*(step - warmup)/max(1, steps - warmup)))
 
-# %% ../nbs/60_training.ipynb #7c3e77e6
+# %% ../nbs/60_training.ipynb #d3a4b970
 class Ema:
     "Exponential moving average of what `model` learns"
     def __init__(self, model: nn.Module, # Parameters that need gradients, and buffers of training modules, are averaged
@@ -353,7 +354,7 @@ class Ema:
         finally:
             for n, t in self.learned(): t.copy_(mine[n])
 
-# %% ../nbs/60_training.ipynb #6d7cd9dc
+# %% ../nbs/60_training.ipynb #7d8643b2
 @dataclass
 class Machine:
     "How steps are computed, and how long a step took in each of the ways tried"
@@ -377,7 +378,7 @@ def time_step(model: CaptionModel, # Trained on nothing: gradients are thrown aw
         model.zero_grad(set_to_none=True)
     return min(times[1:])
 
-# %% ../nbs/60_training.ipynb #b5649bbd
+# %% ../nbs/60_training.ipynb #8de4c1cc
 def choose_machine(config: Config, # `threads` and `precision`: what it fixes is not measured
                    model: CaptionModel, # Not changed
                    batch: Batch, # A typical one, on the model's device
@@ -404,7 +405,7 @@ def choose_machine(config: Config, # `threads` and `precision`: what it fixes is
     finally: torch.set_num_threads(most)
     return Machine(best[1], best[2], seconds)
 
-# %% ../nbs/60_training.ipynb #4217e8a0
+# %% ../nbs/60_training.ipynb #1fb642cf
 CHECKPOINT_FILES = ('model.safetensors', 'config.json', 'vocab.json', 'preprocess.json')
 
 
@@ -439,7 +440,7 @@ def write_checkpoint(folder: str | Path, # Its final name; replaced if it exists
     shutil.rmtree(old, ignore_errors=True)
     return folder
 
-# %% ../nbs/60_training.ipynb #b9b67cb6
+# %% ../nbs/60_training.ipynb #9a50eb57
 def model_files(model: CaptionModel, vocab: Vocab, config: Config) -> dict[str, bytes]:
     "The files that make `model` usable elsewhere"
     weights = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in model.state_dict().items()}
@@ -461,7 +462,7 @@ def find_checkpoint(folder: str | Path, # A checkpoint folder, or a run folder, 
                                 'copy the whole folder again')
     return folder
 
-# %% ../nbs/60_training.ipynb #5d012059
+# %% ../nbs/60_training.ipynb #cc1e089f
 def load_model(folder: str | Path, # A checkpoint or run folder
                ) -> tuple[CaptionModel, Vocab, Config]: # In evaluation mode, on the CPU
     "What the checkpoint in `folder` holds"
@@ -477,7 +478,7 @@ def load_model(folder: str | Path, # A checkpoint or run folder
     load_weights(decoder, part('decoder.'), str(folder/'model.safetensors'))
     return CaptionModel(encoder.freeze(), decoder.eval()), vocab, config
 
-# %% ../nbs/60_training.ipynb #cea71a78
+# %% ../nbs/60_training.ipynb #452e147d
 def caption_images(model: CaptionModel, # On any device
                    vocab: Vocab, # Its words
                    ids: Sequence[str], # n image ids
@@ -508,7 +509,7 @@ def attention_maps(hypothesis: Hypothesis, # With attention
     if a.ndim == 3: a = a.mean(1)                                  # (T, L)
     return a[:len(hypothesis.tokens)].unflatten(-1, tuple(grid))
 
-# %% ../nbs/60_training.ipynb #5dfe50f0
+# %% ../nbs/60_training.ipynb #c06cf926
 # What may be changed when a run is continued: it does not alter what is trained
 FREE_FIELDS = {'name', 'runs_dir', 'resume', 'device', 'threads', 'cache_dir', 'features', 'beam', 'log_every', 'patience'}
 
@@ -528,7 +529,7 @@ def choose_device(name: str = 'auto', # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f'device={name!r} cannot be used here: {str(e).splitlines()[0]}') from e
 
-# %% ../nbs/60_training.ipynb #ffd4df6c
+# %% ../nbs/60_training.ipynb #030d0390
 class Trainer:
     "One run: `prepare`, `fit`, `evaluate`; continues where the run folder's last checkpoint ended"
     def __init__(self, config: Config, # Checked
@@ -567,7 +568,7 @@ def read_lines(path: Path) -> list[dict]:
         except ValueError: break
     return rows
 
-# %% ../nbs/60_training.ipynb #743d4b17
+# %% ../nbs/60_training.ipynb #8c986106
 def prepare_data(config: Config, # Fields of the data group, `image_size` and `cache_dir`
                  quiet: bool = False, # No progress bar
                  ) -> CaptionData:
@@ -590,17 +591,29 @@ def prepare_encoder(config: Config) -> Encoder:
     return encoder if c.encoder == 'scene_cnn' else encoder.freeze()
 
 
+def checked_store(path: Path, data: CaptionData, encoder: Encoder, ids: Sequence[str], views: Sequence[str]) -> FeatureStore:
+    "The store at `path`, refused unless it has the `views` of all `ids` by this `encoder`; it may hold more"
+    store = FeatureStore(path, expect=dict(encoder=encoder.spec))
+    absent, there = [v for v in views if v not in store.views], set(store.ids)
+    if absent: raise ValueError(f'features={str(path)!r} lacks the view {absent[0]!r} (it has {", ".join(store.views)}): extract with it')
+    lost = [id for id in ids if id not in there]
+    if lost: raise ValueError(f'features={str(path)!r} lacks {len(lost)} images of {data.name}, first {lost[:3]}: extract them')
+    return store
+
+
 def prepare_source(config: Config, data: CaptionData, encoder: Encoder, quiet: bool = False):
     "Where the images of `data` are read from: a feature store for a frozen encoder, else pixels in memory"
     ids = [id for split in data.splits.values() for id in split]
     if not encoder.frozen: return ImageSource(ids, load_images(data, ids, encoder, quiet=quiet))
     views = ('plain', 'flip') if config.flip else ('plain',)
     cache = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache()
-    path = Path(config.features).expanduser() if config.features else default_store_path(data, encoder, views, cache)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not config.features: path = default_store_path(data, encoder, views, cache/'features')
+    else:
+        path = Path(config.features).expanduser()
+        if path.is_file(): return checked_store(path, data, encoder, ids, views)
     return extract(data, encoder, path, views=views, quiet=quiet)
 
-# %% ../nbs/60_training.ipynb #12b49afa
+# %% ../nbs/60_training.ipynb #af726774
 @patch
 def prepare(self: Trainer) -> Trainer:
     "Data, vocabulary, encoder, features, model, optimiser; and the state of the last checkpoint, if there is one"
@@ -636,7 +649,7 @@ def _prepare_optimizer(self: Trainer):
     self.parameters = [p for g in groups for p in g['params']]
     self.optimizer = torch.optim.AdamW(groups, fused=self.device.type in ('cpu', 'cuda'))
 
-# %% ../nbs/60_training.ipynb #2a76f3d4
+# %% ../nbs/60_training.ipynb #514567e2
 @patch
 def state(self: Trainer) -> dict:
     "All that resuming needs besides the weights"
@@ -659,7 +672,7 @@ def save(self: Trainer, name: str, # 'last' or 'best'
         files['training.pt'] = buffer.getvalue()
     return write_checkpoint(self.checkpoints/name, files)
 
-# %% ../nbs/60_training.ipynb #885102ad
+# %% ../nbs/60_training.ipynb #f325bab8
 @patch
 def load(self: Trainer, folder: Path, # checkpoints/last
          ):
@@ -691,7 +704,7 @@ def _check_same(self: Trainer, state: dict):
     if other: raise ConfigError(f'{self.run} cannot be continued with this configuration: {"; ".join(other)}. '
                                 'Change it back, or start a new run')
 
-# %% ../nbs/60_training.ipynb #02e21cda
+# %% ../nbs/60_training.ipynb #e63ac3b8
 @patch
 def train_step(self: Trainer, batch: Batch):
     "Forward, backward and update on `batch`"
@@ -739,7 +752,7 @@ def log(self: Trainer, **values):
     row = dict(step=self.step, epoch=round(self.step/len(self.batches), 4), seconds=round(self.seconds, 3)) | values
     with open(self.run/'metrics.jsonl', 'a', encoding='utf-8') as f: f.write(json.dumps(row) + '\n')
 
-# %% ../nbs/60_training.ipynb #5b78d533
+# %% ../nbs/60_training.ipynb #d036b450
 @patch
 def end_epoch(self: Trainer):
     "Log, score the dev split, keep the best, write the checkpoint"
@@ -755,7 +768,8 @@ def end_epoch(self: Trainer):
             self.judge(scores.corpus['CIDEr'])
             self.log(epoch=self.epoch, dev=scores.corpus, signature=scores.signature, beam=c.eval_beam, best=self.best_epoch == self.epoch,
                      words=sum(len(h.tokens) for h in found.values())/len(found),
-                     distinct_words=len({w for t in captions.values() for w in t.split()}), eval_seconds=round(time.perf_counter() - start, 3))
+                     distinct_words=len({w for t in captions.values() for w in t.split()}),
+                     eval_seconds=round(time.perf_counter() - start, 3))
             if self.best_epoch == self.epoch: self.save('best')
     self.save('last')
 
@@ -769,7 +783,7 @@ def judge(self: Trainer, cider: float):
     if c.schedule == 'plateau' and self.stalled > c.plateau_patience: self.scale, self.stalled = self.scale*c.plateau_factor, 0
     self.stopped = bool(c.patience) and self.bad >= c.patience
 
-# %% ../nbs/60_training.ipynb #63ac9bdf
+# %% ../nbs/60_training.ipynb #2a89c136
 @patch
 def fit(self: Trainer, on_eval: Callable[[list[dict]], None] | None = None, # Called after each evaluation with the lines of metrics.jsonl
         ) -> list[dict]: # The lines of metrics.jsonl
@@ -807,7 +821,7 @@ def status(self: Trainer) -> str:
     dev = f', dev CIDEr {self.best:.3f} (epoch {self.best_epoch})' if self.best_epoch else ''
     return f'epoch {min(self.epoch + 1, self.config.epochs)}/{self.config.epochs}{loss}{dev}'
 
-# %% ../nbs/60_training.ipynb #e6d04a2f
+# %% ../nbs/60_training.ipynb #e57b05e2
 @patch
 def _sample_batch(self: Trainer) -> Batch:
     batches = iter(copy.copy(self.batches))   # a copy: the place in the order stays what it is
@@ -830,7 +844,7 @@ def _loop_settings(self: Trainer) -> Iterator[None]:
         torch.set_num_threads(threads)
         if main: signal.signal(signal.SIGINT, before)
 
-# %% ../nbs/60_training.ipynb #b9a52031
+# %% ../nbs/60_training.ipynb #0773835c
 @dataclass
 class Explanation:
     "A caption, and where the decoder looked at each of its words"
@@ -861,7 +875,7 @@ class Captioner:
         opened = [p if isinstance(p, Image.Image) else open_image(p) for p in photos]
         return torch.stack([self.model.encoder.transform(p.convert('RGB')) for p in opened])
 
-# %% ../nbs/60_training.ipynb #5e7667fd
+# %% ../nbs/60_training.ipynb #f0aed05f
 @patch
 def search(self: Captioner, photos: Sequence[str | Path | Image.Image], # n photos
            beam: int | None = None, # Width; None takes the configuration's
@@ -899,7 +913,7 @@ def explain(self: Captioner, photo: str | Path | Image.Image, # One photo
     seen = Image.fromarray(self.images([photo])[0].permute(1, 2, 0).numpy())
     return Explanation(seen, [self.vocab.words[i] for i in h.tokens], attention_maps(h, self.model.encoder.grid), h.score)
 
-# %% ../nbs/60_training.ipynb #16bff6f0
+# %% ../nbs/60_training.ipynb #1450db6e
 @dataclass
 class Evaluation:
     "Captions of a split and what they score"
@@ -918,7 +932,7 @@ class Evaluation:
         if g := self.grounding: row['grounding'] = dict(pointing=g.pointing, chance=g.chance, ratio=g.ratio, words=g.n)
         return row
 
-# %% ../nbs/60_training.ipynb #473f0f72
+# %% ../nbs/60_training.ipynb #5e0c1f3e
 @patch
 def evaluate(self: Trainer, split: str = 'dev', # Which split
              width: int | None = None, # Beam width; None takes the configuration's
@@ -941,7 +955,7 @@ def evaluate(self: Trainer, split: str = 'dev', # Which split
     atomic_write(path, json.dumps(results, indent=1) + '\n')
     return result
 
-# %% ../nbs/60_training.ipynb #81101ea5
+# %% ../nbs/60_training.ipynb #15c76921
 def demo_config(**changes, # Fields to set otherwise
                 ) -> Config:
     "The configuration of the demo: 2,000 drawn scenes, a small encoder trained jointly"
@@ -949,7 +963,7 @@ def demo_config(**changes, # Fields to set otherwise
                 lr=3e-3, encoder_lr=3e-3, epochs=12, images_per_batch=32, eval_every=2, max_len=25)
     return Config.from_dict(demo | changes)
 
-# %% ../nbs/60_training.ipynb #f67abdaf
+# %% ../nbs/60_training.ipynb #edbc56f0
 def main(arguments: Sequence[str] | None = None) -> int:
     "`python -m caption_nb.training RUN`: train the run folder's config.json to the end and evaluate on dev"
     arguments = sys.argv[1:] if arguments is None else list(arguments)
