@@ -100,8 +100,9 @@ def test_scale_note_says_what_is_true(photo):
 
 def test_shared_scale_keeps_the_order_of_brightness():
     grey, a = Image.new('RGB', (70, 70), 'grey'), np.stack([np.full((7, 7), 1/49), np.eye(49)[24].reshape(7, 7)])
-    def brightness(shared): return [panels(plot_attention(grey, ['all', 'one'], a, shared=shared, smooth=False))[i].images[0].get_array().max()
-                                    for i in (1, 2)]
+    def brightness(shared):
+        fig = plot_attention(grey, ['all', 'one'], a, shared=shared, smooth=False)
+        return [ax.images[0].get_array().max() for ax in panels(fig)[1:]]
     own, same = brightness(False), brightness(True)
     assert own[0] == own[1] == same[1] > same[0]
 
@@ -249,7 +250,8 @@ def test_an_unfinished_last_line_waits(tmp_path):
     assert read_metrics(path) == []
 
 
-@pytest.mark.parametrize('text, says', [('{"step": 1}\nnonsense\n{"step": 2}\n', 'line 2'), ('[1]\n', 'line 1'), ('{"loss": 1}\n', 'no step')])
+@pytest.mark.parametrize('text, says', [('{"step": 1}\nnonsense\n{"step": 2}\n', 'line 2'), ('[1]\n', 'line 1'),
+                                        ('{"loss": 1}\n', 'no step')])
 def test_a_bad_line_is_named(tmp_path, text, says):
     (tmp_path/'metrics.jsonl').write_text(text)
     with pytest.raises(ValueError, match=says): read_metrics(tmp_path/'metrics.jsonl')
@@ -271,8 +273,8 @@ def test_curves_of_few_or_bad_values(rows): assert len(plot_curves(rows).axes) =
 
 # ---------------------------------------------------------------------- captions
 def items(photo, n, **kw):
-    return [dict(image=photo, caption=f'caption {i}', references=[f'reference {i} {j}' for j in range(5)], scores=dict(CIDEr=i/2), id=f'{i}.jpg', **kw)
-            for i in range(n)]
+    return [dict(image=photo, caption=f'caption {i}', references=[f'reference {i} {j}' for j in range(5)], scores=dict(CIDEr=i/2),
+                 id=f'{i}.jpg', **kw) for i in range(n)]
 
 
 @pytest.mark.parametrize('n, columns', [(1, 4), (4, 4), (9, 4), (3, 1)])
@@ -280,7 +282,7 @@ def test_a_page_has_every_photo_and_text(photo, n, columns):
     fig = plot_captions(items(photo, n), columns=columns, title='Page')
     said = texts(fig)
     assert len(fig.axes) == n
-    for i in range(n): assert f'caption {i}' in said and f'{i}.jpg' in said and f'· reference {i} 4' in said and f'CIDEr-D {i/2:.2f}' in said
+    for i in range(n): assert {f'caption {i}', f'{i}.jpg', f'· reference {i} 4', f'CIDEr-D {i/2:.2f}'} <= set(said)
 
 
 def test_long_captions_stay_in_their_column(photo):
@@ -295,8 +297,8 @@ def test_long_captions_stay_in_their_column(photo):
     assert '… and 2 more' in texts(fig)
 
 
-@pytest.mark.parametrize('item, says', [(dict(caption='x'), "no 'image'"), (dict(image=1), "no 'caption'"), (dict(image=1, caption='', referenes=[]), "'references'"),
-                                        (dict(image=1, caption='', references='a dog'), 'must be a list')])
+@pytest.mark.parametrize('item, says', [(dict(caption='x'), "no 'image'"), (dict(image=1), "no 'caption'"),
+                                        (dict(image=1, caption='', referenes=[]), "'references'"), (dict(image=1, caption='', references='a dog'), 'must be a list')])
 @pytest.mark.parametrize('show', [plot_captions, caption_page])
 def test_items_are_checked(item, says, show):
     with pytest.raises(ValueError, match=says): show([item])
@@ -314,7 +316,8 @@ def test_best_and_worst_share_no_image(scores, n):
     assert len(best) <= n and len(worst) <= n and len(best) + len(worst) == min(2*n, len(scores))
     assert not {r.id for r in best} & {r.id for r in worst}
     if best and worst: assert min(r.score for r in best) >= max(r.score for r in worst)
-    assert [r.score for r in best] == sorted((r.score for r in best), reverse=True) and [r.score for r in worst] == sorted(r.score for r in worst)
+    assert [r.score for r in best] == sorted((r.score for r in best), reverse=True)
+    assert [r.score for r in worst] == sorted(r.score for r in worst)
 
 
 def test_best_and_worst_name_what_is_missing():
@@ -345,10 +348,10 @@ def test_every_text_of_a_page_is_escaped(photo):
 
 
 def test_a_page_runs_no_script(photo, tmp_path, chromium):
-    path = save_page([dict(image=photo, caption=NASTY.replace('alert(1)', 'document.title="owned"').replace('alert(2)', 'document.title="owned"'), id=NASTY)],
-                     tmp_path/'page.html', title='safe')
-    shown = subprocess.run([chromium, '--headless', '--no-sandbox', '--disable-gpu', f'--user-data-dir={tmp_path}/profile', '--dump-dom', path.as_uri()],
-                           capture_output=True, text=True, timeout=90).stdout
+    owns = NASTY.replace('alert(1)', 'document.title="owned"').replace('alert(2)', 'document.title="owned"')
+    path = save_page([dict(image=photo, caption=owns, id=owns)], tmp_path/'page.html', title='safe')
+    command = [chromium, '--headless', '--no-sandbox', '--disable-gpu', f'--user-data-dir={tmp_path}/profile', '--dump-dom', path.as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=90).stdout
     assert '<title>safe</title>' in shown and shown.count('<figure>') == 1 and shown.count('<img') == 1
 
 
