@@ -26,13 +26,15 @@ class Result:
 
 
 def compare(name: str, ours: Callable[[], object], peer: Callable[[], object], count: float, unit: str, *,
-            rounds: int = 10, warmup: int = 1, sizes: dict | None = None) -> Result:
-    "Time `ours` and `peer` in turn, `rounds` times; both do `count` units of work in a call"
+            rounds: int = 10, warmup: int = 1, sizes: dict | None = None, peer_count: float | None = None) -> Result:
+    "Time `ours` and `peer` in turn, `rounds` times; a call does `count` units of work, the peer's `peer_count` if that is given"
     def seconds(f):
         start = time.perf_counter(); f()
         return time.perf_counter() - start
     for _ in range(warmup): ours(); peer()
     times = [(seconds(ours), seconds(peer)) for _ in range(rounds)]
+    scale = count/(peer_count or count)
+    times = [(o, p*scale) for o, p in times]
     ratios = [p/o for o, p in times]
     mine, theirs = (statistics.median(t[i] for t in times) for i in (0, 1))
     return Result(name, count/mine, count/theirs, statistics.median(ratios), unit, [min(ratios), max(ratios)],

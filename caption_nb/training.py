@@ -12,7 +12,7 @@ __all__ = ['DECODER_OPTIONS', 'DECODERS', 'CHECKPOINT_FILES', 'FREE_FIELDS', 'op
            'prepare_encoder', 'checked_store', 'prepare_source', 'Explanation', 'Captioner', 'Evaluation',
            'demo_config', 'main']
 
-# %% ../nbs/60_training.ipynb #2aa0859c
+# %% ../nbs/60_training.ipynb #4c6df3f4
 import copy
 import dataclasses
 import errno
@@ -52,7 +52,7 @@ from .metrics import Scores, score
 from .scenes import Grounding, grounding, make_scenes
 from .text import Vocab
 
-# %% ../nbs/60_training.ipynb #289519c0
+# %% ../nbs/60_training.ipynb #15a63e4c
 def option(group: str, # Heading under which the field is shown
            default: str | int | float | bool, # Its type is the field's type
            help: str, # Meaning, and unit where there is one
@@ -63,7 +63,7 @@ def option(group: str, # Heading under which the field is shown
     "A dataclass field with its `help` and the limits that `Config.validate` checks"
     return dataclasses.field(default=default, metadata=dict(group=group, help=help, choices=tuple(choices), low=low, high=high))
 
-# %% ../nbs/60_training.ipynb #a393e18b
+# %% ../nbs/60_training.ipynb #5c36ee5f
 @dataclass
 class DataOptions:
     "What to learn from"
@@ -92,7 +92,7 @@ class EncoderOptions:
     flip: bool = option('encoder', False, 'train on mirrored images too, except where a caption says left or right')
     cache_dir: str = option('encoder', '', 'folder for features and drawn scenes; empty is ~/.cache/caption_nb')
 
-# %% ../nbs/60_training.ipynb #e23feff3
+# %% ../nbs/60_training.ipynb #303ccd6a
 @dataclass
 class DecoderOptions:
     "What writes the words"
@@ -117,7 +117,7 @@ class DecodingOptions:
     length_norm: float = option('decoding', 1.0, 'a caption scores its log-probability divided by length to this power', low=0)
     ban_unk: bool = option('decoding', True, 'never write the unknown word')
 
-# %% ../nbs/60_training.ipynb #d4c098dc
+# %% ../nbs/60_training.ipynb #1b704c09
 @dataclass
 class TrainingOptions:
     "How the weights are found"
@@ -156,7 +156,7 @@ class RecordOptions:
     runs_dir: str = option('record', 'papermill_runs', 'folder that holds the run folders')
     resume: str = option('record', '', 'run folder to continue')
 
-# %% ../nbs/60_training.ipynb #ea8bb640
+# %% ../nbs/60_training.ipynb #e2c22493
 class ConfigError(ValueError):
     "A field of `Config` has a name, a type or a value that cannot be"
 
@@ -200,7 +200,7 @@ class Config(RecordOptions, MachineOptions, DecodingOptions, TrainingOptions, De
         if faults: raise ConfigError('\n'.join(faults))
         return self
 
-# %% ../nbs/60_training.ipynb #7c40be7b
+# %% ../nbs/60_training.ipynb #2f59dc02
 def typed(name: str, # Field, for the message
           value, # What was given
           kind: type, # What is wanted: str, int, float or bool
@@ -233,7 +233,7 @@ def channel_values(text: str, # '' or '0.5' or '0.485,0.456,0.406'
     if len(values) not in (1, 3): raise ValueError(f'{text!r}: one number or three, separated by commas')
     return values if len(values) == 3 else values*3
 
-# %% ../nbs/60_training.ipynb #03958a7a
+# %% ../nbs/60_training.ipynb #09fac32f
 # Which fields of the decoder group each decoder takes, and under which name of its constructor
 DECODER_OPTIONS = {
     'attention_lstm': dict(embed_dim='embed_dim', hidden_dim='hidden_dim', attention_dim='attention_dim', attention='score', gate='gate',
@@ -261,7 +261,7 @@ def combination_faults(config: Config) -> list[str]:
         if getattr(c, name) == 0: faults.append(f'{name}=0.0: must be more than 0')
     return faults
 
-# %% ../nbs/60_training.ipynb #b0078d1c
+# %% ../nbs/60_training.ipynb #e2d272e0
 @dataclass
 class FieldHelp:
     "One line of `config_help`"
@@ -274,7 +274,7 @@ def config_help() -> list[FieldHelp]:
                       f.metadata['help'] + (f'; one of {", ".join(map(repr, c))}' if (c := f.metadata['choices']) else ''))
             for f in dataclasses.fields(Config)]
 
-# %% ../nbs/60_training.ipynb #fd09eb6c
+# %% ../nbs/60_training.ipynb #eb6f401e
 # Every decoder there is: add its class here and its options to DECODER_OPTIONS
 DECODERS = {'attention_lstm': AttentionLSTM}
 
@@ -288,7 +288,7 @@ def make_decoder(config: Config, # Which decoder, and its options
     if 'score' in options: options['score'] = options['score'].removeprefix('additive_')
     return DECODERS[config.decoder](len(vocab), encoder.dim, pad_id=vocab.pad_id, **options)
 
-# %% ../nbs/60_training.ipynb #80379cf7
+# %% ../nbs/60_training.ipynb #dfde989c
 class CaptionModel(nn.Module):
     "An encoder and a decoder: from pixels or stored features to the loss of captions"
     def __init__(self, encoder: Encoder, decoder: Decoder):
@@ -312,7 +312,7 @@ class CaptionModel(nn.Module):
         words = F.cross_entropy(logits.float(), batch.targets[mask], label_smoothing=label_smoothing)
         return words + sum(self.decoder.loss_terms(attention, mask).values()), words
 
-# %% ../nbs/60_training.ipynb #e72713f9
+# %% ../nbs/60_training.ipynb #d5b52c01
 def rate_factor(step: int, # Steps done so far
                 steps: int, # Steps in all
                 warmup: int, # Steps of the rise
@@ -323,7 +323,7 @@ def rate_factor(step: int, # Steps done so far
     if step < warmup: return (step + 1)/(warmup + 1)
     return 1. if schedule != 'cosine' else 0.5*(1 + math.cos(math.pi*(step - warmup)/max(1, steps - warmup)))
 
-# %% ../nbs/60_training.ipynb #b7a8dfb6
+# %% ../nbs/60_training.ipynb #8bab7cb1
 class Ema:
     "Exponential moving average of what `model` learns"
     def __init__(self, model: nn.Module, # Parameters that need gradients, and buffers of training modules, are averaged
@@ -354,7 +354,7 @@ class Ema:
         finally:
             for n, t in self.learned(): t.copy_(mine[n])
 
-# %% ../nbs/60_training.ipynb #d826643e
+# %% ../nbs/60_training.ipynb #113c8c94
 @dataclass
 class Machine:
     "How steps are computed, and how long a step took in each of the ways tried"
@@ -378,7 +378,7 @@ def time_step(model: CaptionModel, # Trained on nothing: gradients are thrown aw
         model.zero_grad(set_to_none=True)
     return min(times[1:])
 
-# %% ../nbs/60_training.ipynb #23bf3626
+# %% ../nbs/60_training.ipynb #a8025362
 def choose_machine(config: Config, # `threads` and `precision`: what it fixes is not measured
                    model: CaptionModel, # Not changed
                    batch: Batch, # A typical one, on the model's device
@@ -405,7 +405,7 @@ def choose_machine(config: Config, # `threads` and `precision`: what it fixes is
     finally: torch.set_num_threads(most)
     return Machine(best[1], best[2], seconds)
 
-# %% ../nbs/60_training.ipynb #49a0acb8
+# %% ../nbs/60_training.ipynb #acc6f366
 CHECKPOINT_FILES = ('model.safetensors', 'config.json', 'vocab.json', 'preprocess.json')
 
 
@@ -440,7 +440,7 @@ def write_checkpoint(folder: str | Path, # Its final name; replaced if it exists
     shutil.rmtree(old, ignore_errors=True)
     return folder
 
-# %% ../nbs/60_training.ipynb #92eea45a
+# %% ../nbs/60_training.ipynb #0f14f984
 def model_files(model: CaptionModel, vocab: Vocab, config: Config) -> dict[str, bytes]:
     "The files that make `model` usable elsewhere"
     weights = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in model.state_dict().items()}
@@ -462,23 +462,24 @@ def find_checkpoint(folder: str | Path, # A checkpoint folder, or a run folder, 
                                 'copy the whole folder again')
     return folder
 
-# %% ../nbs/60_training.ipynb #96525066
+# %% ../nbs/60_training.ipynb #1c234db0
 def load_model(folder: str | Path, # A checkpoint or run folder
                ) -> tuple[CaptionModel, Vocab, Config]: # In evaluation mode, on the CPU
     "What the checkpoint in `folder` holds"
     folder = find_checkpoint(folder)
-    config, vocab = Config.load(folder/'config.json'), Vocab.load(folder/'vocab.json')
-    try: weights = load_tensors((folder/'model.safetensors').read_bytes())
-    except Exception as e: raise ValueError(f'{folder/"model.safetensors"} is damaged ({e}): copy it again') from e
+    def read(name, how):
+        try: return how(folder/name)
+        except Exception as e: raise ValueError(f'{folder/name} is damaged ({e}): copy it again') from e
+    config, vocab = Config.load(folder/'config.json'), read('vocab.json', Vocab.load)
+    weights = read('model.safetensors', lambda path: load_tensors(path.read_bytes()))
+    spec = read('preprocess.json', lambda path: json.loads(path.read_text(encoding='utf-8')))
     def part(name): return {n.removeprefix(name): t for n, t in weights.items() if n.startswith(name)}
-    try: spec = json.loads((folder/'preprocess.json').read_text(encoding='utf-8'))
-    except ValueError as e: raise ValueError(f'{folder/"preprocess.json"} is damaged ({e}): copy it again') from e
     encoder = Encoder.from_spec(spec, part('encoder.'))
     decoder = make_decoder(config, vocab, encoder)
     load_weights(decoder, part('decoder.'), str(folder/'model.safetensors'))
     return CaptionModel(encoder.freeze(), decoder.eval()), vocab, config
 
-# %% ../nbs/60_training.ipynb #671e8971
+# %% ../nbs/60_training.ipynb #051c703b
 def caption_images(model: CaptionModel, # On any device
                    vocab: Vocab, # Its words
                    ids: Sequence[str], # n image ids
@@ -509,7 +510,7 @@ def attention_maps(hypothesis: Hypothesis, # With attention
     if a.ndim == 3: a = a.mean(1)                                  # (T, L)
     return a[:len(hypothesis.tokens)].unflatten(-1, tuple(grid))
 
-# %% ../nbs/60_training.ipynb #0932dfc0
+# %% ../nbs/60_training.ipynb #cf5178da
 # What may be changed when a run is continued: it does not alter what is trained
 FREE_FIELDS = {'name', 'runs_dir', 'resume', 'device', 'threads', 'cache_dir', 'features', 'beam', 'log_every', 'patience'}
 
@@ -529,7 +530,7 @@ def choose_device(name: str = 'auto', # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f'device={name!r} cannot be used here: {str(e).splitlines()[0]}') from e
 
-# %% ../nbs/60_training.ipynb #007f746e
+# %% ../nbs/60_training.ipynb #0d29efa1
 class Trainer:
     "One run: `prepare`, `fit`, `evaluate`; continues where the run folder's last checkpoint ended"
     def __init__(self, config: Config, # Checked
@@ -568,7 +569,7 @@ def read_lines(path: Path) -> list[dict]:
         except ValueError: break
     return rows
 
-# %% ../nbs/60_training.ipynb #a8931329
+# %% ../nbs/60_training.ipynb #d7f9293d
 def prepare_data(config: Config, # Fields of the data group, `image_size` and `cache_dir`
                  quiet: bool = False, # No progress bar
                  ) -> CaptionData:
@@ -613,7 +614,7 @@ def prepare_source(config: Config, data: CaptionData, encoder: Encoder, quiet: b
         if path.is_file(): return checked_store(path, data, encoder, ids, views)
     return extract(data, encoder, path, views=views, quiet=quiet)
 
-# %% ../nbs/60_training.ipynb #cbb7bd8f
+# %% ../nbs/60_training.ipynb #812378b8
 @patch
 def prepare(self: Trainer) -> Trainer:
     "Data, vocabulary, encoder, features, model, optimiser; and the state of the last checkpoint, if there is one"
@@ -649,7 +650,7 @@ def _prepare_optimizer(self: Trainer):
     self.parameters = [p for g in groups for p in g['params']]
     self.optimizer = torch.optim.AdamW(groups, fused=self.device.type in ('cpu', 'cuda'))
 
-# %% ../nbs/60_training.ipynb #51718aca
+# %% ../nbs/60_training.ipynb #7e181967
 @patch
 def state(self: Trainer) -> dict:
     "All that resuming needs besides the weights"
@@ -672,7 +673,7 @@ def save(self: Trainer, name: str, # 'last' or 'best'
         files['training.pt'] = buffer.getvalue()
     return write_checkpoint(self.checkpoints/name, files)
 
-# %% ../nbs/60_training.ipynb #2b1dadcc
+# %% ../nbs/60_training.ipynb #e8da43f9
 @patch
 def load(self: Trainer, folder: Path, # checkpoints/last
          ):
@@ -704,7 +705,7 @@ def _check_same(self: Trainer, state: dict):
     if other: raise ConfigError(f'{self.run} cannot be continued with this configuration: {"; ".join(other)}. '
                                 'Change it back, or start a new run')
 
-# %% ../nbs/60_training.ipynb #d9a9211a
+# %% ../nbs/60_training.ipynb #e063dc12
 @patch
 def train_step(self: Trainer, batch: Batch):
     "Forward, backward and update on `batch`"
@@ -752,7 +753,7 @@ def log(self: Trainer, **values):
     row = dict(step=self.step, epoch=round(self.step/len(self.batches), 4), seconds=round(self.seconds, 3)) | values
     with open(self.run/'metrics.jsonl', 'a', encoding='utf-8') as f: f.write(json.dumps(row) + '\n')
 
-# %% ../nbs/60_training.ipynb #eb2eeab6
+# %% ../nbs/60_training.ipynb #e63e8e47
 @patch
 def end_epoch(self: Trainer):
     "Log, score the dev split, keep the best, write the checkpoint"
@@ -783,7 +784,7 @@ def judge(self: Trainer, cider: float):
     if c.schedule == 'plateau' and self.stalled > c.plateau_patience: self.scale, self.stalled = self.scale*c.plateau_factor, 0
     self.stopped = bool(c.patience) and self.bad >= c.patience
 
-# %% ../nbs/60_training.ipynb #9cdeb86b
+# %% ../nbs/60_training.ipynb #e2a95ebb
 @patch
 def fit(self: Trainer, on_eval: Callable[[list[dict]], None] | None = None, # Called after each evaluation with the lines of metrics.jsonl
         ) -> list[dict]: # The lines of metrics.jsonl
@@ -821,7 +822,7 @@ def status(self: Trainer) -> str:
     dev = f', dev CIDEr {self.best:.3f} (epoch {self.best_epoch})' if self.best_epoch else ''
     return f'epoch {min(self.epoch + 1, self.config.epochs)}/{self.config.epochs}{loss}{dev}'
 
-# %% ../nbs/60_training.ipynb #ccd01a03
+# %% ../nbs/60_training.ipynb #fbd1bd33
 @patch
 def _sample_batch(self: Trainer) -> Batch:
     batches = iter(copy.copy(self.batches))   # a copy: the place in the order stays what it is
@@ -844,7 +845,7 @@ def _loop_settings(self: Trainer) -> Iterator[None]:
         torch.set_num_threads(threads)
         if main: signal.signal(signal.SIGINT, before)
 
-# %% ../nbs/60_training.ipynb #d8eb4874
+# %% ../nbs/60_training.ipynb #0cab9ce3
 @dataclass
 class Explanation:
     "A caption, and where the decoder looked at each of its words"
@@ -875,7 +876,7 @@ class Captioner:
         opened = [p if isinstance(p, Image.Image) else open_image(p) for p in photos]
         return torch.stack([self.model.encoder.transform(p.convert('RGB')) for p in opened])
 
-# %% ../nbs/60_training.ipynb #38999d53
+# %% ../nbs/60_training.ipynb #8fa4dc7b
 @patch
 def search(self: Captioner, photos: Sequence[str | Path | Image.Image], # n photos
            beam: int | None = None, # Width; None takes the configuration's
@@ -913,7 +914,7 @@ def explain(self: Captioner, photo: str | Path | Image.Image, # One photo
     seen = Image.fromarray(self.images([photo])[0].permute(1, 2, 0).numpy())
     return Explanation(seen, [self.vocab.words[i] for i in h.tokens], attention_maps(h, self.model.encoder.grid), h.score)
 
-# %% ../nbs/60_training.ipynb #3682d4d6
+# %% ../nbs/60_training.ipynb #96da0849
 @dataclass
 class Evaluation:
     "Captions of a split and what they score"
@@ -932,7 +933,7 @@ class Evaluation:
         if g := self.grounding: row['grounding'] = dict(pointing=g.pointing, chance=g.chance, ratio=g.ratio, words=g.n)
         return row
 
-# %% ../nbs/60_training.ipynb #b065cde7
+# %% ../nbs/60_training.ipynb #cdccf2a5
 @patch
 def evaluate(self: Trainer, split: str = 'dev', # Which split
              width: int | None = None, # Beam width; None takes the configuration's
@@ -955,7 +956,7 @@ def evaluate(self: Trainer, split: str = 'dev', # Which split
     atomic_write(path, json.dumps(results, indent=1) + '\n')
     return result
 
-# %% ../nbs/60_training.ipynb #a3d8df6a
+# %% ../nbs/60_training.ipynb #90bfcd09
 def demo_config(**changes, # Fields to set otherwise
                 ) -> Config:
     "The configuration of the demo: 2,000 drawn scenes, a small encoder trained jointly"
@@ -963,7 +964,7 @@ def demo_config(**changes, # Fields to set otherwise
                 lr=3e-3, encoder_lr=3e-3, epochs=12, images_per_batch=32, eval_every=2, max_len=25)
     return Config.from_dict(demo | changes)
 
-# %% ../nbs/60_training.ipynb #37f53d71
+# %% ../nbs/60_training.ipynb #b0536ae5
 def main(arguments: Sequence[str] | None = None) -> int:
     "`python -m caption_nb.training RUN`: train the run folder's config.json to the end and evaluate on dev"
     arguments = sys.argv[1:] if arguments is None else list(arguments)
