@@ -6,7 +6,7 @@
 __all__ = ['COMMANDS', 'parse_config', 'Follow', 'evaluation_line', 'launch', 'report', 'train', 'demo', 'runs', 'caption',
            'caption_photos', 'extract', 'check', 'usage', 'main']
 
-# %% ../nbs/90_cli.ipynb #99d0b202
+# %% ../nbs/90_cli.ipynb #e82bd428
 import dataclasses
 import html
 import json
@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from .basics import human_time, nearest
 from .runs import Run, execute, experiment, find_run, list_runs, new_run, reproduce_command, score_lines, write_summary
 
-# %% ../nbs/90_cli.ipynb #786bd236
+# %% ../nbs/90_cli.ipynb #1ab22b1e
 if TYPE_CHECKING: from caption_nb.training import Config
 
-# %% ../nbs/90_cli.ipynb #baa67cbd
+# %% ../nbs/90_cli.ipynb #a9efe0ed
 def _group_class(group: str, fields: list[dataclasses.Field], values: dict[str, Any]) -> type:
     "A dataclass of the `fields` of one group, which tyro shows under one heading"
     import tyro
@@ -55,7 +55,7 @@ def _flags_class(config: 'Config', # The defaults
 
 ORDER = ('data', 'encoder', 'decoder', 'training', 'decoding', 'machine', 'record')
 
-# %% ../nbs/90_cli.ipynb #20b11548
+# %% ../nbs/90_cli.ipynb #6e000c7b
 def parse_config(argv: list[str], # Words of the command line after the command
                  command: str = 'train', # For the help page
                  doc: str = '', # What the command does
@@ -73,7 +73,7 @@ def parse_config(argv: list[str], # Words of the command line after the command
     values = {k: v for part in found.values() if isinstance(part, dict) for k, v in part.items()}
     return Config.from_dict(dataclasses.asdict(config) | values), {k: v for k, v in found.items() if not isinstance(v, dict)}
 
-# %% ../nbs/90_cli.ipynb #4d624a47
+# %% ../nbs/90_cli.ipynb #129b3d94
 class Follow:
     "Shows on the terminal what a kernel reports: call it with every message"
     def __init__(self, run: str | Path, # Run folder, whose metrics.jsonl is followed
@@ -93,7 +93,7 @@ class Follow:
     def progress(self, line: str):
         "Show `line` in place of the one before, or below it, now and then"
         wait = 0.2 if self.tty else self.every
-        if line == self.said or time.monotonic() < self.shown + wait: return
+        if line == self.said or not re.search(r'\d', line) or time.monotonic() < self.shown + wait: return
         self.said, self.shown = line, time.monotonic()
         width = os.get_terminal_size(self.out.fileno()).columns - 1 if self.tty else 10_000
         print(f'\r\033[K{line[:width]}' if self.tty else line, end='' if self.tty else '\n', file=self.out, flush=True)
@@ -116,7 +116,7 @@ class Follow:
         self.evaluations()
         if self.tty: print('\r\033[K', end='', file=self.out, flush=True)
 
-# %% ../nbs/90_cli.ipynb #ad23fbe9
+# %% ../nbs/90_cli.ipynb #b99f58c1
 def evaluation_line(line: bytes | str, # A line of metrics.jsonl
                     ) -> str: # '' if it is no evaluation
     "An evaluation in words: epoch, scores, time"
@@ -127,7 +127,7 @@ def evaluation_line(line: bytes | str, # A line of metrics.jsonl
     after = f', after {human_time(row["seconds"])}' if isinstance(row.get('seconds'), (int, float)) else ''
     return f'epoch {row.get("epoch", "?"):g}: dev {scores}{after}' if isinstance(row.get('epoch'), (int, float)) else f'dev {scores}{after}'
 
-# %% ../nbs/90_cli.ipynb #d35984dc
+# %% ../nbs/90_cli.ipynb #3c6c67ae
 def launch(config: 'Config', # What to run
            run_dir: str = '', # Exactly this folder, which must not exist; default: a new one in config.runs_dir
            quiet: bool = False, # Show no progress
@@ -150,7 +150,7 @@ def report(run: Path, # Run folder
     "Print how an attempt ended"
     record = run/truth['notebook']
     if truth['status'] == 'done':
-        print('\n'.join(score_lines(Run(run).results)))
+        print('\n'.join(['', *score_lines(Run(run).results)]))
         print(f'\ndone in {human_time(truth["seconds"])}\nrecord:  {record}\nsummary: {run/"summary.md"}')
         return 0
     error = truth['error'] or {}
@@ -159,7 +159,7 @@ def report(run: Path, # Run folder
     print(f'{what}\nrecord: {record}\ncontinue with: caption-nb train --resume {shlex.quote(str(run))}', file=sys.stderr)
     return 128 + signal.Signals[truth['signal']] if truth['signal'] else 130 if truth['status'] == 'interrupted' else 1
 
-# %% ../nbs/90_cli.ipynb #9f75a49c
+# %% ../nbs/90_cli.ipynb #f0d6a3d5
 def _resumed(argv: list[str], config: 'Config', extra: list[tuple], doc: str) -> 'Config':
     "The configuration of the run that `config.resume` names, with flags that do not alter what is trained"
     from caption_nb.training import FREE_FIELDS, Config
@@ -180,7 +180,7 @@ def _run_dir() -> tuple:
     text = 'Exactly this run folder, which must not exist; otherwise a new one in --runs-dir gets a name of its own.'
     return ('run_dir', Annotated[str, tyro.conf.arg(help=text)], dataclasses.field(default=''))
 
-# %% ../nbs/90_cli.ipynb #7d4067c4
+# %% ../nbs/90_cli.ipynb #370e1537
 def train(argv: list[str]) -> int:
     "Train a captioner, caption and score the held-out photos, and record it all in a run folder."
     config, extra = parse_config(argv, 'train', train.__doc__, extra=[_run_dir()])
@@ -196,7 +196,7 @@ def demo(argv: list[str]) -> int:
     config, extra = parse_config(argv, 'demo', demo.__doc__, default=demo_config(), extra=[_run_dir()])
     return launch(config, extra['run_dir'])
 
-# %% ../nbs/90_cli.ipynb #ea49a2f8
+# %% ../nbs/90_cli.ipynb #06fdfcd1
 def runs(argv: list[str]) -> int:
     "Show the table of all runs, oldest first: status, epochs, scores on dev, minutes."
     import tyro
@@ -223,7 +223,7 @@ def caption(argv: list[str]) -> int:
     a = tyro.cli(arguments, prog='caption-nb caption', description=caption.__doc__, args=argv)
     return caption_photos(a['run'], a['photos'], a['beam'], a['json'], a['device'], a['runs_dir'])
 
-# %% ../nbs/90_cli.ipynb #10fb34a9
+# %% ../nbs/90_cli.ipynb #340c0a42
 def caption_photos(run: str, # Run folder, part of its name, or a checkpoint folder
                    photos: tuple[str, ...], # Image files
                    beam: int = 5, as_json: bool = False, device: str = 'auto', runs_dir: str = 'papermill_runs',
@@ -242,7 +242,7 @@ def caption_photos(run: str, # Run folder, part of its name, or a checkpoint fol
         print(json.dumps(dict(photo=photo, caption=text), ensure_ascii=False) if as_json else f'{photo}: {text}', flush=True)
     return status
 
-# %% ../nbs/90_cli.ipynb #021e7b91
+# %% ../nbs/90_cli.ipynb #8f52ad81
 def extract(argv: list[str]) -> int:
     "Encode every photo once and store the features, for all runs that use this encoder."
     from caption_nb.training import prepare_data, prepare_encoder, prepare_source
@@ -269,7 +269,7 @@ def check(argv: list[str]) -> int:
     print(result)
     return 0 if result.ok else 1
 
-# %% ../nbs/90_cli.ipynb #3e987b3c
+# %% ../nbs/90_cli.ipynb #a9f78812
 COMMANDS = dict(demo=demo, check=check, extract=extract, train=train, runs=runs, caption=caption)
 
 

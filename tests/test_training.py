@@ -1,0 +1,405 @@
+"Training: configuration, loop, checkpoints, exact resume, kills, full disks, and what a checkpoint gives"
+import dataclasses
+import errno
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import caption_nb.training as training
+from caption_nb.training import (CHECKPOINT_FILES, Captioner, Config, ConfigError, Ema, Trainer, choose_device, config_help, demo_config,
+                                 find_checkpoint, load_model, main, rate_factor, recover_checkpoint, write_checkpoint)
+
+
+@pytest.fixture(scope='module')
+def cache(tmp_path_factory) -> Path: return tmp_path_factory.mktemp('cache')
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny(cache, **changes) -> Config:
+    "A run of seconds: 40 scenes of 96 pixels, 32 of them for training"
+    return Config.from_dict(dict(encoder='scene_cnn', num_images=40, image_size=96, min_freq=1, embed_dim=32, hidden_dim=32, attention_dim=16,
+                                 dropout=0.2, lr=5e-3, images_per_batch=8, captions_per_image=2, epochs=3, log_every=2, max_len=15, beam=2,
+                                 precision='fp32', threads=1, device='cpu', cache_dir=str(cache)) | changes)
+
+
+@pytest.fixture(scope='module')
+def done(cache, tmp_path_factory) -> Trainer:
+    "A finished run"
+    trainer = Trainer(tiny(cache, ema=0.9), tmp_path_factory.mktemp('runs')/'done', quiet=True)
+    trainer.fit()
+    return trainer
+
+
+def weights(run: Path, name='last') -> bytes: return (run/'checkpoints'/name/'model.safetensors').read_bytes()
+
+
+def losses(run: Path) -> list: return [(r['step'], r['loss']) for r in training.read_lines(run/'metrics.jsonl') if 'loss' in r]
+
+
+# Config
+
+@pytest.mark.parametrize('values, message', [
+    (dict(epoch=3), "unknown field 'epoch': did you mean 'epochs'"),
+    (dict(epochs='3'), "epochs='3': expected int, got str"),
+    (dict(epochs=True), 'epochs=True: expected int, got bool'),
+    (dict(epochs=3.0), 'epochs=3.0: expected int, got float'),
+    (dict(gate=1), 'gate=1: expected bool, got int'),
+    (dict(data=None), 'data=None: expected str, got NoneType'),
+    (dict(schedule='cosin'), "schedule='cosin': did you mean 'cosine'"),
+    (dict(decoder='atention_lstm'), "did you mean 'attention_lstm'"),
+    (dict(device='cdua'), "did you mean 'cuda'"),
+    (dict(dropout=1.5), 'dropout=1.5: must be at most 0.95'),
+    (dict(lr=-1.0), 'lr=-1.0: must be at least 0'), (dict(lr=0.0), 'lr=0.0: must be more than 0'), (dict(lr=math.nan), 'lr is not a number'),
+    (dict(encoder_mean='red'), "encoder_mean='red': expected numbers such as"), (dict(encoder_std='1,2'), "one number or three"),
+    (dict(encoder='scene_cnn', features='a.h5'), 'trained jointly'), (dict(encoder='scene_cnn', flip=True), 'flip=True'),
+    (dict(epochs=0, beam=0), 'epochs=0: must be at least 1\nbeam=0: must be at least 1')])
+def test_config_faults_are_named(values, message):
+    with pytest.raises(ConfigError) as e: Config.from_dict(values)
+    assert message in str(e.value)
+
+
+def test_option_of_another_decoder_is_refused(monkeypatch):
+    monkeypatch.setitem(training.DECODER_OPTIONS, 'bag_of_words', dict(embed_dim='embed_dim', dropout='dropout'))
+    Config.from_dict(dict(decoder='bag_of_words', embed_dim=7))
+    with pytest.raises(ConfigError, match='attention_dim=7: the decoder bag_of_words has no such option'):
+        Config.from_dict(dict(decoder='bag_of_words', attention_dim=7))
+
+
+def test_config_round_trip_hash_and_help(tmp_path):
+    c = Config.from_dict(dict(lr=1, encoder_mean='0.5'))
+    (tmp_path/'config.json').write_text(c.to_json())
+    assert Config.load(tmp_path/'config.json') == c and type(c.lr) is float
+    assert c.hash() == dataclasses.replace(c, name='x', runs_dir='y').hash() != dataclasses.replace(c, seed=1).hash()
+    (tmp_path/'config.json').write_text('{"epoch": 1}')
+    with pytest.raises(ConfigError, match="config.json: unknown field 'epoch'"): Config.load(tmp_path/'config.json')
+    assert len(config_help()) == len(dataclasses.fields(Config))
+    assert all(h.text and '=' not in h.text for h in config_help())   # papermill cannot see a parameter whose comment has a =
+    assert {c for c in demo_config().changed()} >= {'encoder', 'name'}
+
+
+def test_every_decoder_has_its_options():
+    assert set(training.DECODERS) == set(training.DECODER_OPTIONS)
+
+
+# Pieces
+
+def test_rate_rises_and_falls_to_zero():
+    r = [rate_factor(s, 100, 10) for s in range(101)]
+    assert np.all(np.diff(r[:11]) > 0) and np.all(np.diff(r[10:]) < 0) and r[10] == 1 and r[100] == 0
+    assert rate_factor(0, 8, 80) > 0 and max(rate_factor(s, 8, 80) for s in range(8)) == 1   # a short run warms up shortly
+    assert rate_factor(99, 100, 10, 'constant') == rate_factor(99, 100, 10, 'plateau') == 1
+
+
+def test_ema_is_the_average_and_leaves_the_weights():
+    layer = torch.nn.Linear(2, 2)
+    ema, history = Ema(layer, 0.5), []
+    for step in range(1, 4):
+        with torch.no_grad(): layer.weight.add_(1.)
+        ema.update(step)
+    before = layer.weight.clone()
+    with ema.applied(): assert not torch.equal(layer.weight, before) and torch.equal(layer.weight, ema.average['weight'])
+    assert torch.equal(layer.weight, before)
+
+
+def test_plateau_and_early_stop(cache, tmp_path):
+    t = Trainer(tiny(cache, schedule='plateau', plateau_patience=1, plateau_factor=0.1, patience=4), tmp_path)
+    scales = []
+    for t.epoch, cider in enumerate([0.1, 0.3, 0.2, 0.3, 0.1, 0.2], 1):
+        t.judge(cider)
+        scales.append(round(t.scale, 6))
+    assert scales == [1, 1, 1, .1, .1, .01] and t.best_epoch == 2 and t.stopped
+
+
+def test_unusable_device_is_named():
+    with pytest.raises(ValueError, match="device='cuda:77' cannot be used here"): choose_device('cuda:77')
+
+
+# Checkpoints
+
+def test_checkpoint_survives_a_kill_between_any_two_operations(tmp_path, monkeypatch):
+    "Stop dead at each system call in turn, then look: the old or the new one is there, whole"
+    class Killed(BaseException): pass
+    calls = ('rename', 'fsync')
+    real = {n: getattr(os, n) for n in calls}
+    for stop in range(12):
+        folder, count = tmp_path/str(stop)/'last', 0
+        write_checkpoint(folder, {n: b'old' for n in CHECKPOINT_FILES})
+        def dying(name):
+            def call(*a, **k):
+                nonlocal count
+                count += 1
+                if count > stop: raise Killed
+                return real[name](*a, **k)
+            return call
+        with monkeypatch.context() as m:
+            for n in calls: m.setattr(os, n, dying(n))
+            try: write_checkpoint(folder, {n: b'new' for n in CHECKPOINT_FILES})
+            except Killed: pass
+        found = find_checkpoint(folder)
+        assert len({(found/n).read_bytes() for n in CHECKPOINT_FILES}) == 1
+        assert recover_checkpoint(folder) == find_checkpoint(folder)
+        assert [p.name for p in folder.parent.iterdir()] == ['last']
+
+
+@pytest.mark.parametrize('fail_at', [1, 3, 5])
+def test_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch, fail_at):
+    folder, real, count = tmp_path/'last', os.fsync, 0
+    write_checkpoint(folder, {n: b'old' for n in CHECKPOINT_FILES})
+    def full(fd):
+        nonlocal count
+        count += 1
+        if count == fail_at: raise OSError(errno.ENOSPC, 'No space left on device')
+        return real(fd)
+    with monkeypatch.context() as m:
+        m.setattr(os, 'fsync', full)
+        if fail_at == 5: write_checkpoint(folder, {n: b'new' for n in CHECKPOINT_FILES})   # the folder's own flush may be refused
+        else:
+            with pytest.raises(OSError, match='No space left.*the one before is intact.*Free some space') as e:
+                write_checkpoint(folder, {n: b'new' for n in CHECKPOINT_FILES})
+            assert e.value.errno == errno.ENOSPC
+    assert {p.read_bytes() for p in folder.iterdir()} == {b'new' if fail_at == 5 else b'old'}
+    assert [p.name for p in tmp_path.iterdir()] == ['last']
+
+
+def test_full_disk_while_training_leaves_a_run_that_continues(cache, tmp_path, monkeypatch):
+    config = tiny(cache, epochs=2)
+    trainer = Trainer(config, tmp_path/'run', quiet=True)
+    real, count = training.write_checkpoint, 0
+    def second_fails(folder, files):
+        nonlocal count
+        count += folder.name == 'last'
+        with monkeypatch.context() as m:
+            def full(fd): raise OSError(errno.ENOSPC, 'No space left on device')
+            if count == 2: m.setattr(os, 'fsync', full)
+            return real(folder, files)
+    monkeypatch.setattr(training, 'write_checkpoint', second_fails)
+    with pytest.raises(OSError, match='No space left'): trainer.fit()
+    monkeypatch.undo()
+    again = Trainer(config, tmp_path/'run', quiet=True).prepare()
+    assert again.epoch == 1
+    assert again.fit()[-1]['epoch'] == 2
+
+
+@pytest.mark.parametrize('name', CHECKPOINT_FILES)
+def test_missing_file_is_named(done, tmp_path, name):
+    folder = shutil.copytree(done.checkpoints/'best', tmp_path/'best')
+    (folder/name).unlink()
+    with pytest.raises(FileNotFoundError, match=f'best lacks {name}'): Captioner.load(folder)
+
+
+def test_damaged_files_are_named(done, tmp_path):
+    for name in ('model.safetensors', 'preprocess.json', 'config.json', 'vocab.json'):
+        folder = shutil.copytree(done.checkpoints/'best', tmp_path/name)
+        (folder/name).write_bytes((folder/name).read_bytes()[:50])
+        with pytest.raises(ValueError, match=name): load_model(folder)
+    with pytest.raises(FileNotFoundError, match='no such checkpoint folder'): Captioner.load(tmp_path/'nothing')
+    folder = shutil.copytree(done.checkpoints/'best', tmp_path/'other')
+    config = json.loads((folder/'config.json').read_text())
+    (folder/'config.json').write_text(json.dumps(config | dict(hidden_dim=16)))
+    with pytest.raises(ValueError, match='model.safetensors does not fit AttentionLSTM'): load_model(folder)
+
+
+def test_training_state_cannot_run_code(done, tmp_path):
+    import pickle
+    run = shutil.copytree(done.run, tmp_path/'run')
+    class Evil:
+        def __reduce__(self): return (os.system, (f'touch {tmp_path}/owned',))
+    (run/'checkpoints'/'last'/'training.pt').write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(ValueError, match='training.pt is damaged'): Trainer(done.config, run, quiet=True).prepare()
+    assert not (tmp_path/'owned').exists()
+    (run/'checkpoints'/'last'/'training.pt').unlink()
+    with pytest.raises(FileNotFoundError, match='lacks training.pt'): Trainer(done.config, run, quiet=True).prepare()
+
+
+# The loop
+
+def test_overfits_a_few_scenes(cache, tmp_path):
+    "The loss falls to the words that the picture does not decide, and greedy captions of train images are right"
+    config = tiny(cache, num_images=20, epochs=60, dropout=0., doubly_stochastic=0., captions_per_image=1, lr=1e-2, encoder_lr=3e-3,
+                  eval_every=60, embed_dim=64, hidden_dim=64)
+    trainer = Trainer(config, tmp_path/'run', quiet=True).prepare()
+    for own in trainer.batches.captions: own[1:] = []   # one caption an image: there is one right answer
+    for id in trainer.batches.ids: trainer.data.captions[id][1:] = []
+    rows = [r for r in trainer.fit() if 'loss' in r]
+    assert rows[-1]['loss'] < 0.1 < 2.5 < rows[0]['loss']
+    found = training.caption_images(trainer.model, trainer.vocab, trainer.batches.ids, trainer.source, config)
+    right = [found[id].tokens == own[0][1:-1] for id, own in zip(trainer.batches.ids, trainer.batches.captions)]
+    assert np.mean(right) > 0.8
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(cache, done, tmp_path, monkeypatch):
+    "Stop in mid-epoch by an interrupt, and at an epoch's end by an error; dropout, EMA and BatchNorm must not notice"
+    run, step, interrupts = tmp_path/'run', Trainer.train_step, {3, 6, 8}
+    def interrupted(self, batch):
+        step(self, batch)
+        if self.step in interrupts: interrupts.discard(self.step); signal.raise_signal(signal.SIGINT)
+    monkeypatch.setattr(Trainer, 'train_step', interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    for n in range(3):
+        torch.manual_seed(n)   # whatever the new process did before
+        with pytest.raises(KeyboardInterrupt, match='holds the state'): Trainer(done.config, run, quiet=True).fit()
+        assert signal.getsignal(signal.SIGINT) is before
+    Trainer(done.config, run, quiet=True).fit()
+    assert weights(run) == weights(done.run) and weights(run, 'best') == weights(done.run, 'best')
+    dev = lambda r: [row['dev'] for row in training.read_lines(r/'metrics.jsonl') if 'dev' in row]
+    assert dev(run) == dev(done.run) and len(dev(run)) == 3
+    a, b = (torch.load(r/'checkpoints'/'last'/'training.pt', weights_only=True) for r in (run, done.run))
+    assert torch.equal(a['rng']['cpu'], b['rng']['cpu']) and a['best'] == b['best'] and a['batches'] == b['batches']
+    assert all(torch.equal(a['optimizer']['state'][i][k], v) for i, s in b['optimizer']['state'].items() for k, v in s.items())
+
+
+def test_same_seed_same_run_other_seed_other_run(cache, done, tmp_path):
+    Trainer(done.config, tmp_path/'same', quiet=True).fit()
+    assert weights(tmp_path/'same') == weights(done.run) and losses(tmp_path/'same') == losses(done.run)
+    Trainer(dataclasses.replace(done.config, seed=1, epochs=1), tmp_path/'other', quiet=True).fit()
+    assert losses(tmp_path/'other')[0] != losses(done.run)[0]
+
+
+def test_killed_process_continues(cache, done, tmp_path):
+    "kill -9 at several moments; each restart goes on, and the end is the same as without any kill"
+    run = tmp_path/'run'
+    run.mkdir()
+    (run/'config.json').write_text(done.config.to_json())
+    command = [sys.executable, '-m', 'caption_nb.training', str(run)]
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    last, seen = run/'checkpoints'/'last'/'training.pt', []
+    for _ in range(2):
+        stamp = last.stat().st_mtime_ns if last.exists() else None
+        process = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        deadline = time.time() + 60
+        while process.poll() is None and time.time() < deadline:   # let it get past one more checkpoint, then kill it wherever it is
+            if last.exists() and last.stat().st_mtime_ns != stamp: break
+            time.sleep(0.02)
+        process.kill()
+        process.wait()
+        assert last.exists()
+        seen.append(torch.load(last, weights_only=True)['step'])
+    assert seen[0] < seen[1] or seen[1] == 12
+    finished = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert weights(run) == weights(done.run)
+    assert (run/'results.json').exists() and (run/'captions_dev.json').exists()
+
+
+def test_another_configuration_is_refused_with_the_fields(done, tmp_path):
+    run = shutil.copytree(done.run, tmp_path/'run')
+    with pytest.raises(ConfigError, match=r'lr: 0.005 then, 0.01 now; seed: 0 then, 3 now.*start a new run'):
+        Trainer(dataclasses.replace(done.config, lr=0.01, seed=3), run, quiet=True).prepare()
+    Trainer(dataclasses.replace(done.config, beam=3, name='other'), run, quiet=True).prepare()   # these do not matter
+    state = torch.load(run/'checkpoints'/'last'/'training.pt', weights_only=True)
+    torch.save(state | dict(data='0', vocab='0'), run/'checkpoints'/'last'/'training.pt')
+    with pytest.raises(ConfigError, match='data: other content than then; vocab: other content'): Trainer(done.config, run, quiet=True).prepare()
+
+
+def test_loss_that_is_no_number_names_the_step(cache, tmp_path, monkeypatch):
+    trainer = Trainer(tiny(cache), tmp_path/'run', quiet=True).prepare()
+    real = trainer.model.loss
+    def broken(*a, **k):
+        loss, words = real(*a, **k)
+        return (loss*math.nan if trainer.step == 5 else loss), words
+    monkeypatch.setattr(trainer.model, 'loss', broken)
+    with pytest.raises(FloatingPointError, match=r'the loss is nan at step 6 of 12 \(epoch 2\)'): trainer.fit()
+    again = Trainer(tiny(cache), tmp_path/'run', quiet=True).prepare()
+    assert again.step == 4 and all(torch.isfinite(p).all() for p in again.model.parameters())
+
+
+def test_training_loss_does_not_see_padding(done):
+    batch = done._sample_batch()
+    model = done.model.eval()
+    with torch.no_grad():
+        loss = model.loss(batch)[1]
+        wide = dataclasses.replace(batch, tokens=torch.nn.functional.pad(batch.tokens, (0, 7)))
+        assert torch.allclose(loss, model.loss(wide)[1], atol=1e-6)
+
+
+def test_metrics_lines(done):
+    rows = done.history
+    steps, dev = [r for r in rows if 'loss' in r], [r for r in rows if 'dev' in r]
+    assert [r['step'] for r in steps] == list(range(2, 13, 2)) and [r['epoch'] for r in dev] == [1, 2, 3]
+    assert all({'step', 'epoch', 'loss', 'lr', 'captions_per_second', 'seconds', 'grad_norm'} <= set(r) for r in steps)
+    assert all('CIDErD' in r['signature'] and 'CIDEr' in r['dev'] for r in dev)
+    assert sum(r['best'] for r in dev) >= 1
+
+
+# What comes out
+
+def test_evaluate_writes_what_coco_tools_read(done):
+    result = done.evaluate('dev', 2)
+    rows = json.loads((done.run/'captions_dev.json').read_text())
+    assert [r['image_id'] for r in rows] == done.data.splits['dev'] and all(set(r) == {'image_id', 'caption'} for r in rows)
+    assert not any(w in r['caption'] for r in rows for w in ('<start>', '<end>', '<pad>', '<unk>'))
+    results = json.loads((done.run/'results.json').read_text())['dev']
+    assert results['scores'] == result.scores.corpus and results['beam'] == 2 and 'CIDErD' in results['signature']
+    assert set(results['grounding']) == {'pointing', 'chance', 'ratio', 'words'}
+    assert set(done.evaluate('test', 1).captions) == set(done.data.splits['test'])
+    assert set(json.loads((done.run/'results.json').read_text())) >= {'dev', 'test'}
+
+
+def test_captioner_on_another_machine(done, tmp_path):
+    "From a copied folder, without data, cache or run: one caption a photo, however it is given"
+    captioner = Captioner.load(shutil.copytree(done.checkpoints/'best', tmp_path/'copy'))
+    ids = done.data.splits['dev']
+    paths = [done.data.path(i) for i in ids]
+    expected = list(done.evaluate('dev', 2).captions.values())
+    assert captioner.caption(paths, beam=2) == expected
+    assert captioner.caption(str(paths[0]), beam=2) == captioner.caption(Image.open(paths[0]), beam=2) == expected[0]
+    assert captioner.caption([]) == []
+    why = captioner.explain(paths[0], beam=2)
+    assert why.caption == expected[0] and why.attention.shape == (len(why.words), 6, 6) and why.image.size == (96, 96)
+    assert Captioner.load(done.run).caption(paths, beam=2) == expected   # a run folder means its best checkpoint
+    (tmp_path/'text.jpg').write_text('not an image')
+    with pytest.raises(OSError, match='text.jpg'): captioner.caption(tmp_path/'text.jpg')
+
+
+def test_best_is_the_average_of_weights_with_ema(done):
+    assert weights(done.run, 'best') != weights(done.run, 'last')
+
+
+def test_main_wants_a_run_folder(tmp_path, capsys):
+    assert main([]) == 2 and 'usage' in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match='config.json'): main([str(tmp_path)])
+
+
+# Frozen encoders
+
+@pytest.fixture(scope='module')
+def frozen(cache, tmp_path_factory) -> Trainer:
+    config = tiny(cache, encoder='mobilenetv2_050', encoder_weights='random', num_images=20, flip=True, epochs=1)
+    trainer = Trainer(config, tmp_path_factory.mktemp('runs')/'frozen', quiet=True)
+    trainer.fit()
+    return trainer
+
+
+def test_frozen_encoder_does_not_learn_and_is_in_the_checkpoint(frozen, cache, tmp_path):
+    assert not any(p.requires_grad for p in frozen.model.encoder.parameters()) and not frozen.model.encoder.training
+    assert frozen.source.views == ('plain', 'flip')
+    captioner = Captioner.load(shutil.copytree(frozen.checkpoints/'best', tmp_path/'copy'))
+    ids = frozen.data.splits['dev']
+    assert captioner.caption([frozen.data.path(i) for i in ids]) == list(frozen.evaluate('dev').captions.values())
+
+
+def test_features_named_in_the_configuration(frozen, cache, tmp_path):
+    path, c = frozen.source.path, frozen.config
+    Trainer(dataclasses.replace(c, features=str(path), flip=False), tmp_path/'a', quiet=True).prepare()   # a store may hold more
+    with pytest.raises(ValueError, match='other features'):
+        Trainer(dataclasses.replace(c, features=str(path), encoder_mean='0.5'), tmp_path/'b', quiet=True).prepare()
+    with pytest.raises(ValueError, match='lacks .* images'):
+        Trainer(dataclasses.replace(c, features=str(path), num_images=30), tmp_path/'c', quiet=True).prepare()
