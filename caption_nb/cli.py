@@ -6,7 +6,7 @@
 __all__ = ['COMMANDS', 'parse_config', 'Follow', 'evaluation_line', 'launch', 'report', 'train', 'demo', 'runs', 'caption',
            'caption_photos', 'extract', 'check', 'usage', 'main']
 
-# %% ../nbs/90_cli.ipynb #e82bd428
+# %% ../nbs/90_cli.ipynb #d0a814d2
 import dataclasses
 import html
 import json
@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from .basics import human_time, nearest
 from .runs import Run, execute, experiment, find_run, list_runs, new_run, reproduce_command, score_lines, write_summary
 
-# %% ../nbs/90_cli.ipynb #1ab22b1e
+# %% ../nbs/90_cli.ipynb #c97ba18d
 if TYPE_CHECKING: from caption_nb.training import Config
 
-# %% ../nbs/90_cli.ipynb #a9efe0ed
+# %% ../nbs/90_cli.ipynb #771fd7df
 def _group_class(group: str, fields: list[dataclasses.Field], values: dict[str, Any]) -> type:
     "A dataclass of the `fields` of one group, which tyro shows under one heading"
     import tyro
@@ -55,7 +55,7 @@ def _flags_class(config: 'Config', # The defaults
 
 ORDER = ('data', 'encoder', 'decoder', 'training', 'decoding', 'machine', 'record')
 
-# %% ../nbs/90_cli.ipynb #6e000c7b
+# %% ../nbs/90_cli.ipynb #1fdaab0c
 def parse_config(argv: list[str], # Words of the command line after the command
                  command: str = 'train', # For the help page
                  doc: str = '', # What the command does
@@ -73,7 +73,7 @@ def parse_config(argv: list[str], # Words of the command line after the command
     values = {k: v for part in found.values() if isinstance(part, dict) for k, v in part.items()}
     return Config.from_dict(dataclasses.asdict(config) | values), {k: v for k, v in found.items() if not isinstance(v, dict)}
 
-# %% ../nbs/90_cli.ipynb #129b3d94
+# %% ../nbs/90_cli.ipynb #cf09b56d
 class Follow:
     "Shows on the terminal what a kernel reports: call it with every message"
     def __init__(self, run: str | Path, # Run folder, whose metrics.jsonl is followed
@@ -116,7 +116,7 @@ class Follow:
         self.evaluations()
         if self.tty: print('\r\033[K', end='', file=self.out, flush=True)
 
-# %% ../nbs/90_cli.ipynb #b99f58c1
+# %% ../nbs/90_cli.ipynb #4e08e0f3
 def evaluation_line(line: bytes | str, # A line of metrics.jsonl
                     ) -> str: # '' if it is no evaluation
     "An evaluation in words: epoch, scores, time"
@@ -125,9 +125,10 @@ def evaluation_line(line: bytes | str, # A line of metrics.jsonl
     if not isinstance(row, dict) or not isinstance(row.get('dev'), dict): return ''
     scores = ', '.join(f'{k} {v:.3f}' for k, v in row['dev'].items() if k in ('CIDEr', 'Bleu_4', 'ROUGE_L') and isinstance(v, (int, float)))
     after = f', after {human_time(row["seconds"])}' if isinstance(row.get('seconds'), (int, float)) else ''
-    return f'epoch {row.get("epoch", "?"):g}: dev {scores}{after}' if isinstance(row.get('epoch'), (int, float)) else f'dev {scores}{after}'
+    when = f'epoch {row["epoch"]:g}: ' if isinstance(row.get('epoch'), (int, float)) else ''
+    return f'{when}dev {scores}{after}'
 
-# %% ../nbs/90_cli.ipynb #3c6c67ae
+# %% ../nbs/90_cli.ipynb #7c96052e
 def launch(config: 'Config', # What to run
            run_dir: str = '', # Exactly this folder, which must not exist; default: a new one in config.runs_dir
            quiet: bool = False, # Show no progress
@@ -159,7 +160,7 @@ def report(run: Path, # Run folder
     print(f'{what}\nrecord: {record}\ncontinue with: caption-nb train --resume {shlex.quote(str(run))}', file=sys.stderr)
     return 128 + signal.Signals[truth['signal']] if truth['signal'] else 130 if truth['status'] == 'interrupted' else 1
 
-# %% ../nbs/90_cli.ipynb #f0d6a3d5
+# %% ../nbs/90_cli.ipynb #15374880
 def _resumed(argv: list[str], config: 'Config', extra: list[tuple], doc: str) -> 'Config':
     "The configuration of the run that `config.resume` names, with flags that do not alter what is trained"
     from caption_nb.training import FREE_FIELDS, Config
@@ -180,7 +181,7 @@ def _run_dir() -> tuple:
     text = 'Exactly this run folder, which must not exist; otherwise a new one in --runs-dir gets a name of its own.'
     return ('run_dir', Annotated[str, tyro.conf.arg(help=text)], dataclasses.field(default=''))
 
-# %% ../nbs/90_cli.ipynb #370e1537
+# %% ../nbs/90_cli.ipynb #e1bec323
 def train(argv: list[str]) -> int:
     "Train a captioner, caption and score the held-out photos, and record it all in a run folder."
     config, extra = parse_config(argv, 'train', train.__doc__, extra=[_run_dir()])
@@ -196,7 +197,7 @@ def demo(argv: list[str]) -> int:
     config, extra = parse_config(argv, 'demo', demo.__doc__, default=demo_config(), extra=[_run_dir()])
     return launch(config, extra['run_dir'])
 
-# %% ../nbs/90_cli.ipynb #06fdfcd1
+# %% ../nbs/90_cli.ipynb #85469c02
 def runs(argv: list[str]) -> int:
     "Show the table of all runs, oldest first: status, epochs, scores on dev, minutes."
     import tyro
@@ -213,8 +214,9 @@ def runs(argv: list[str]) -> int:
 def caption(argv: list[str]) -> int:
     "Caption photos with the best checkpoint of a run."
     import tyro
-    def arguments(run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar='RUN', help='Run folder, part of its name, or a checkpoint folder.')],
-                  photos: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar='PHOTO', help='Image files.')],
+    from tyro.conf import Positional
+    def arguments(run: Annotated[Positional[str], tyro.conf.arg(metavar='RUN', help='Run folder, part of its name, or checkpoint folder.')],
+                  photos: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar='PHOTO', help='Image files.')],
                   beam: Annotated[int, tyro.conf.arg(help='Beam width.')] = 5,
                   json: Annotated[bool, tyro.conf.arg(help='One JSON object a photo instead of plain lines.')] = False,
                   device: Annotated[str, tyro.conf.arg(help='auto, cpu, cuda, mps.')] = 'auto',
@@ -223,7 +225,7 @@ def caption(argv: list[str]) -> int:
     a = tyro.cli(arguments, prog='caption-nb caption', description=caption.__doc__, args=argv)
     return caption_photos(a['run'], a['photos'], a['beam'], a['json'], a['device'], a['runs_dir'])
 
-# %% ../nbs/90_cli.ipynb #340c0a42
+# %% ../nbs/90_cli.ipynb #c6fd9f41
 def caption_photos(run: str, # Run folder, part of its name, or a checkpoint folder
                    photos: tuple[str, ...], # Image files
                    beam: int = 5, as_json: bool = False, device: str = 'auto', runs_dir: str = 'papermill_runs',
@@ -242,7 +244,7 @@ def caption_photos(run: str, # Run folder, part of its name, or a checkpoint fol
         print(json.dumps(dict(photo=photo, caption=text), ensure_ascii=False) if as_json else f'{photo}: {text}', flush=True)
     return status
 
-# %% ../nbs/90_cli.ipynb #8f52ad81
+# %% ../nbs/90_cli.ipynb #76788e10
 def extract(argv: list[str]) -> int:
     "Encode every photo once and store the features, for all runs that use this encoder."
     from caption_nb.training import prepare_data, prepare_encoder, prepare_source
@@ -251,8 +253,8 @@ def extract(argv: list[str]) -> int:
     encoder = prepare_encoder(config)
     if not encoder.frozen: raise ValueError(f'--encoder {config.encoder} is trained jointly with the decoder: it has no features to store')
     store = prepare_source(config, prepare_data(config), encoder)
-    print(f'{store.path}: {len(store)} images, grid {store.grid[0]} × {store.grid[1]}, {store.dim} channels, views {", ".join(store.views)}; '
-          f'{human_time(time.monotonic() - start)}')
+    print(f'{store.path}: {len(store):,} images, grid {store.grid[0]} × {store.grid[1]}, {store.dim} channels, '
+          f'views {", ".join(store.views)}; {human_time(time.monotonic() - start)}')
     return 0
 
 
@@ -269,7 +271,7 @@ def check(argv: list[str]) -> int:
     print(result)
     return 0 if result.ok else 1
 
-# %% ../nbs/90_cli.ipynb #a9f78812
+# %% ../nbs/90_cli.ipynb #3b9f8cc3
 COMMANDS = dict(demo=demo, check=check, extract=extract, train=train, runs=runs, caption=caption)
 
 
@@ -293,7 +295,12 @@ def main(argv: list[str] | None = None, # Default: the words of the command line
         print(f'caption-nb: no command {name!r}: {nearest(name, COMMANDS)}', file=sys.stderr); return 2
     try: return COMMANDS[name](rest)
     except KeyboardInterrupt: print('\nstopped', file=sys.stderr); return 130
-    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 0   # `caption-nb runs | head`
+    except BrokenPipeError:     # `caption-nb runs | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError) as e:
         print('\n'.join(f'caption-nb {name}: {line}' for line in str(e).splitlines()), file=sys.stderr)
         return 2
+
+# %% ../nbs/90_cli.ipynb #061b49c8
+if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

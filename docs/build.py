@@ -25,7 +25,7 @@ from nbformat.v4 import new_markdown_cell
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = 'caption_nb'
-RUN_OPTIONS = '--num-images 160 --epochs 8'   # the run shown when none is given: small enough for every build
+RUN_OPTIONS = '--num-images 800 --epochs 14'   # the run shown when none is given: small enough for every build
 
 directive = re.compile(r'^\s*#\|\s*([\w-]+):?[ \t]*(.*)$', re.M)
 fences = re.compile(r'(^```.*?^```[^\n]*$|^~~~.*?^~~~[^\n]*$)', re.M | re.S)
@@ -289,8 +289,8 @@ def make_page(page: Page, symbols: dict[str, str], targets: dict[str, str]) -> N
 def make_run(folder: Path) -> Path:
     "Train a small captioner on the drawn scenes, through the same command as everybody; give the run's folder"
     shutil.rmtree(folder, ignore_errors=True)
-    command = [sys.executable, '-m', f'{PACKAGE}.cli', 'demo', '--runs-dir', str(folder), *os.environ.get('DOCS_RUN_OPTIONS', RUN_OPTIONS).split()]
-    print('  ' + ' '.join(command[1:]), flush=True)
+    command = [sys.executable, '-c', f'import sys; from {PACKAGE}.cli import main; sys.exit(main())', 'demo', '--runs-dir', str(folder), *os.environ.get('DOCS_RUN_OPTIONS', RUN_OPTIONS).split()]
+    print('  caption-nb ' + ' '.join(command[3:]), flush=True)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     runs = sorted(p.parent for p in folder.glob('*/config.json'))
     if done.returncode or not runs: raise SystemExit(f'the example run failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}')

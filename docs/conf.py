@@ -50,6 +50,7 @@ html_theme_options = {
 
 # MathJax lies in the site: one file, SVG output, so that it needs no fonts either
 mathjax_path = 'mathjax/tex-svg.js'
+mathjax3_config = {'svg': {'scale': 0.9}}   # the size of the text around it
 
 
 def copy_mathjax(app, exception):

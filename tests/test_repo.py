@@ -240,7 +240,7 @@ def test_installed_wheel_works_outside_a_clone(wheel, tmp_path):
     (tmp_path/'empty').mkdir()
     where = run(sys.executable, '-c', 'import caption_nb; print(caption_nb.__file__)', cwd=tmp_path/'empty', PYTHONPATH=str(site))
     assert where.startswith(str(site))
-    shown = run(sys.executable, '-m', 'caption_nb.cli', '--help', cwd=tmp_path/'empty', PYTHONPATH=str(site))
+    shown = run(sys.executable, '-c', 'import sys; from caption_nb.cli import main; sys.exit(main())', '--help', cwd=tmp_path/'empty', PYTHONPATH=str(site))
     for command in ('train', 'runs', 'caption', 'extract', 'check', 'demo'): assert command in shown
 
 
