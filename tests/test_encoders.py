@@ -1,0 +1,300 @@
+"""Encoders: names, stages, weights from files, preprocessing, precision; the shared MobileNet where it is there."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from caption_nb import encoders
+from caption_nb.encoders import Encoder, Preprocess, SceneCNN, compare_precision, import_timm, make_encoder, read_weights, weights_sha256
+
+SMALL = dict(weights='random', image_size=64)
+
+
+def uint8(n: int, size: int = 64) -> torch.Tensor:
+    return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+# ---- names, stages, forms of features
+
+@pytest.mark.parametrize('name, stage, grid, dim', [
+    ('resnet18', -1, (2, 2), 512), ('resnet18', -2, (4, 4), 256), ('resnet18', 1, (16, 16), 64),
+    ('mobilenetv2_050', -1, (2, 2), 1280), ('mobilenetv2_050', 4, (2, 2), 160),
+    ('vit_tiny_patch16_224', -1, (4, 4), 192), ('vit_tiny_patch16_224', 5, (4, 4), 192),
+    ('deit_tiny_distilled_patch16_224', -1, (4, 4), 192),   # two prefix tokens
+    ('convnext_atto', -1, (2, 2), 320), ('scene_cnn', -1, (4, 4), 128)])
+def test_grid_of_every_family(name, stage, grid, dim):
+    encoder = make_encoder(name, stage=stage, **SMALL).freeze()
+    out = encoder.encode_batch(uint8(2))
+    assert (encoder.grid, encoder.dim, encoder.image_size) == (grid, dim, (64, 64))
+    assert out.shape == (2, grid[0]*grid[1], dim) and out.dtype == torch.float32 and not out.is_inference()
+
+
+def test_channels_last_networks_give_cells_in_reading_order():
+    encoder = make_encoder('swin_tiny_patch4_window7_224', 'random').freeze()
+    x = encoder.normalise(uint8(1, 224))
+    with torch.no_grad(): exact = encoder.model.forward_features(x)   # (1, 7, 7, D)
+    assert exact.shape[:3] == (1, 7, 7) and torch.equal(encoder(x)[0, 8], exact[0, 1, 1])
+
+
+def test_class_token_is_dropped_and_cells_are_in_place():
+    encoder = make_encoder('vit_tiny_patch16_224', **SMALL).freeze()
+    x = encoder.normalise(uint8(1))
+    with torch.no_grad(): assert torch.equal(encoder(x), encoder.model.forward_features(x)[:, 1:])
+
+
+@pytest.mark.parametrize('name, stage', [('resnet18', -1), ('resnet18', -2), ('vit_tiny_patch16_224', -1), ('vit_tiny_patch16_224', -2),
+                                         ('scene_cnn', -1)])
+def test_pooled(name, stage):
+    encoder = make_encoder(name, stage=stage, pool=True, **SMALL)
+    assert encoder.grid == (1, 1) and encoder(torch.zeros(2, 3, 64, 64)).shape == (2, 1, encoder.dim)
+
+
+def test_non_square_input():
+    assert make_encoder('resnet18', 'random', image_size=(64, 128)).grid == (2, 4)
+    assert make_encoder('vit_tiny_patch16_224', 'random', image_size=(32, 64)).grid == (2, 4)
+
+
+@pytest.mark.parametrize('name, says', [('resnet_50', "did you mean 'resnet50"), ('scenecnn', "'scene_cnn'"), ('mobilnetv2_100', "'mobilenetv2_100'"),
+                                        ('resnet18.a1_in2k', "did you mean 'a1_in1k'")])
+def test_unknown_name_offers_the_nearest(name, says):
+    with pytest.raises(ValueError, match=says): make_encoder(name)
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'scene_cnn'])
+def test_unknown_stage_tells_which_there_are(name):
+    with pytest.raises(ValueError, match='stage=9 of .* cannot be used'): make_encoder(name, stage=9, **SMALL)
+
+
+def test_stage_error_lists_sizes():
+    with pytest.raises(ValueError, match='stage 0: 64×32×32, stage 1: 64×16×16'): make_encoder('resnet18', stage=-9, **SMALL)
+
+
+def test_argument_that_the_model_does_not_take():
+    with pytest.raises(ValueError, match='vit_tiny_patch16_224 does not take .*pad_type'): make_encoder('vit_tiny_patch16_224', 'random', pad_type='same')
+
+
+def test_offline_says_what_to_do(monkeypatch, tmp_path):
+    import_timm()
+    import huggingface_hub.constants as hub
+    monkeypatch.setattr(hub, 'ENDPOINT', 'http://127.0.0.1:9')   # nobody listens
+    monkeypatch.setattr(hub, 'HF_HUB_CACHE', str(tmp_path))
+    before = hub.HF_HUB_OFFLINE
+    with pytest.raises(ConnectionError, match='resnet18 are not on this machine.*give a file'): make_encoder('resnet18')
+    assert hub.HF_HUB_OFFLINE == before
+
+
+def test_import_timm_leaves_other_errors_alone(monkeypatch):
+    def broken(name): raise RuntimeError('something else')
+    monkeypatch.setattr(encoders.importlib, 'import_module', broken)
+    with pytest.raises(RuntimeError, match='something else'): import_timm()
+
+
+# ---- weights
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+    "A random ResNet with its classifier, as a file of each kind"
+    folder, model = tmp_path_factory.mktemp('weights'), import_timm().create_model('resnet18')
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    save_file(state, folder/'a.safetensors')
+    torch.save({'state_dict': {f'module.{k}': v for k, v in state.items()}, 'epoch': 3}, folder/'a.pth')
+    return folder, state
+
+
+def test_both_kinds_of_file_give_the_same_fingerprint(weights):
+    folder, state = weights
+    a, b = (make_encoder('resnet18', folder/f, image_size=64) for f in ('a.safetensors', 'a.pth'))
+    assert a.spec['weights_sha256'] == b.spec['weights_sha256'] and torch.equal(a.model.conv1.weight, state['conv1.weight'])
+    assert a.spec['weights'] == 'a.safetensors'   # no folder: it differs by machine
+    assert make_encoder('resnet18', **SMALL).spec['weights_sha256'] != a.spec['weights_sha256']
+
+
+def test_classifier_may_be_missing(weights, tmp_path):
+    save_file({k: v for k, v in weights[1].items() if not k.startswith('fc.')}, tmp_path/'b.safetensors')
+    assert make_encoder('resnet18', tmp_path/'b.safetensors', image_size=64).spec['weights_sha256'] == \
+        make_encoder('resnet18', weights[0]/'a.pth', image_size=64).spec['weights_sha256']
+
+
+def test_file_that_does_not_fit_names_tensors(weights, tmp_path):
+    state = {**weights[1], 'extra.weight': torch.zeros(1), 'conv1.weight': torch.zeros(2, 3)}; del state['bn1.bias']
+    save_file(state, tmp_path/'c.safetensors')
+    with pytest.raises(ValueError, match=r'c.safetensors does not fit ResNet .*1 missing: bn1.bias; 1 not expected: extra.weight; '
+                                         r'1 of another shape: conv1.weight \(2, 3\) instead of \(64, 3, 7, 7\)'):
+        make_encoder('resnet18', tmp_path/'c.safetensors')
+    with pytest.raises(ValueError, match='does not fit.*missing'): make_encoder('mobilenetv2_050', weights[0]/'a.pth')
+
+
+def test_transformer_weights_of_another_size_are_converted(tmp_path):
+    torch.save(import_timm().create_model('vit_tiny_patch16_224', img_size=96).state_dict(), tmp_path/'v.pth')
+    assert make_encoder('vit_tiny_patch16_224', tmp_path/'v.pth', image_size=64).grid == (4, 4)
+
+
+class Evil:
+    def __reduce__(self): return (print, ('code ran',))
+
+
+@pytest.mark.parametrize('make, error, says', [
+    (lambda p: None, FileNotFoundError, 'does not exist'),
+    (lambda p: p.write_bytes(b'not weights'), ValueError, 'cannot be read as weights'),
+    (lambda p: torch.save({'a': Evil()}, p), ValueError, 'never loaded'),
+    (lambda p: torch.save([1, 2], p), ValueError, 'no state dict'),
+    (lambda p: torch.save({}, p), ValueError, 'no state dict')])
+def test_bad_weights_files(make, error, says, tmp_path, capsys):
+    make(tmp_path/'w.pth')
+    with pytest.raises(error, match=says): make_encoder('scene_cnn', tmp_path/'w.pth')
+    assert 'code ran' not in capsys.readouterr().out
+
+
+def test_cut_off_safetensors(weights, tmp_path):
+    (tmp_path/'cut.safetensors').write_bytes((weights[0]/'a.safetensors').read_bytes()[:1000])
+    with pytest.raises(ValueError, match='cut.safetensors cannot be read'): read_weights(tmp_path/'cut.safetensors')
+
+
+def test_fingerprint_sees_names_shapes_types_and_values():
+    base = {'a': torch.zeros(2, 3)}
+    others = [{'b': torch.zeros(2, 3)}, {'a': torch.zeros(3, 2)}, {'a': torch.zeros(2, 3, dtype=torch.int32)}, {'a': torch.ones(2, 3)}]
+    assert len({weights_sha256(s) for s in [base, *others]}) == 5
+    assert weights_sha256(base) == weights_sha256({'a': torch.zeros(3, 2).t(), 'n.num_batches_tracked': torch.tensor(1)})
+    assert weights_sha256({'a': torch.zeros(2, 0, dtype=torch.bfloat16)})
+
+
+# ---- preprocessing
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 300), st.sampled_from(['crop', 'squash']), st.sampled_from([0.875, 1.]),
+       st.sampled_from(['nearest', 'bilinear', 'bicubic', 'lanczos']))
+def test_any_photo_gets_the_right_size(w, h, resize, crop_pct, interpolation):
+    out = Preprocess((32, 48), resize, crop_pct, interpolation)(Image.new('RGB', (w, h), (10, 200, 30)))
+    assert out.shape == (3, 32, 48) and out.dtype == torch.uint8
+    assert (out == torch.tensor([10, 200, 30], dtype=torch.uint8).view(3, 1, 1)).all()
+
+
+def test_crop_is_timms_own():
+    timm = import_timm()
+    from timm.data import create_transform
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 9, 3), dtype=np.uint8)).resize((180, 240), Image.Resampling.BICUBIC)
+    cfg = timm.create_model('mobilenetv2_100').pretrained_cfg
+    theirs = create_transform(cfg['input_size'], mean=cfg['mean'], std=cfg['std'], crop_pct=cfg['crop_pct'], interpolation=cfg['interpolation'])(photo)
+    encoder = make_encoder('mobilenetv2_100', 'random')
+    ours = encoder.normalise(encoder.transform(photo)[None])[0]
+    assert (ours - theirs).abs().mean() < 0.04   # two grey levels: they resize, round, then cut at whole pixels; we do both at once
+
+
+@pytest.mark.parametrize('resize', ['crop', 'squash'])
+def test_photo_of_the_right_size_is_untouched(resize):
+    pixels = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
+    encoder = make_encoder('mobilenetv2_050', 'random', resize=resize)
+    assert np.array_equal(encoder.transform(Image.fromarray(pixels)).permute(1, 2, 0).numpy(), pixels)
+
+
+def test_normalise_is_the_formula():
+    p, x = Preprocess((8, 8), mean=(.1, .2, .3), std=(.4, .5, .6)), uint8(2, 8)
+    exact = (x.double()/255 - torch.tensor(p.mean).view(3, 1, 1))/torch.tensor(p.std).view(3, 1, 1)
+    torch.testing.assert_close(p.normalise(x).double(), exact, atol=1e-5, rtol=0)
+    assert x.dtype == torch.uint8
+
+
+@pytest.mark.parametrize('kw, says', [(dict(resize='sqash'), "did you mean 'squash'"), (dict(std=(0, 1, 1)), 'above 0'), (dict(mean=(1,)), '3 numbers')])
+def test_bad_preprocessing(kw, says):
+    with pytest.raises(ValueError, match=says): make_encoder('scene_cnn', **kw)
+
+
+# ---- frozen, trained, rebuilt
+
+def test_frozen_stays_frozen():
+    encoder = make_encoder('scene_cnn').freeze().train()
+    before = encoder.spec['weights_sha256']
+    encoder(torch.randn(4, 3, 112, 112))
+    assert not encoder.training and not encoder.model.training and encoder.spec['weights_sha256'] == before
+    assert not any(p.requires_grad for p in encoder.parameters())
+
+
+def test_joint_training_gets_gradients_and_changes_the_fingerprint():
+    encoder = make_encoder('scene_cnn').train()
+    before = encoder.spec['weights_sha256']
+    encoder(encoder.normalise(uint8(2, 112))).square().mean().backward()
+    assert all(p.grad is not None for p in encoder.parameters())
+    torch.optim.SGD(encoder.parameters(), 0.1).step()
+    assert encoder.spec['weights_sha256'] != before
+
+
+def test_encoding_does_not_disturb_training():
+    encoder = make_encoder('scene_cnn').train()
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    a, b = encoder.encode_batch(uint8(1, 112)), encoder.encode_batch(uint8(4, 112))
+    assert encoder.training and all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
+    torch.testing.assert_close(a[0], b[0], atol=1e-5, rtol=1e-4)   # evaluation mode: neighbours in the batch do not matter
+
+
+def test_frozen_features_may_be_learned_from():
+    encoder, layer = make_encoder('scene_cnn').freeze(), torch.nn.Linear(128, 2)
+    for grid in (encoder.encode_batch(uint8(2, 112)), encoder(encoder.normalise(uint8(2, 112)))): layer(grid).sum().backward()
+
+
+@pytest.mark.parametrize('kw', [dict(name='scene_cnn', image_size=64), dict(name='resnet18', stage=-2, image_size=(64, 96), resize='squash'),
+                                dict(name='vit_tiny_patch16_224', image_size=64, pool=True), dict(name='mobilenetv2_050', image_size=64, pad_type='same', mean=(.5,)*3, std=(.5,)*3)])
+def test_rebuilt_from_its_record(kw):
+    encoder = make_encoder(weights='random', **kw).freeze()
+    spec = json.loads(json.dumps(encoder.spec))
+    again = Encoder.from_spec(spec, encoder.state_dict()).freeze()
+    x = torch.randint(0, 256, (2, 3, *encoder.image_size), dtype=torch.uint8)
+    assert again.spec == spec and torch.equal(again.encode_batch(x), encoder.encode_batch(x))
+
+
+def test_rebuilding_checks_what_it_gets():
+    encoder = make_encoder('scene_cnn')
+    with pytest.raises(ValueError, match='stage, pool, size.* missing'): Encoder.from_spec({'name': 'scene_cnn'})
+    state = encoder.state_dict(); state.popitem()
+    with pytest.raises(ValueError, match='state_dict of scene_cnn does not fit'):
+        Encoder.from_spec(encoder.spec, {k: v for k, v in encoder.state_dict().items() if 'last.1.bias' not in k})
+
+
+@pytest.mark.parametrize('images, says', [(torch.zeros(1, 3, 112, 112), 'uint8'), (uint8(1, 64), r'got torch.uint8 \(1, 3, 64, 64\)')])
+def test_wrong_input_is_told(images, says):
+    with pytest.raises(ValueError, match=says): make_encoder('scene_cnn').encode_batch(images)
+
+
+def test_misspelt_precision():
+    with pytest.raises(ValueError, match="did you mean 'bf16'"): make_encoder('scene_cnn').encode_batch(uint8(1, 112), 'bf61')
+
+
+def test_precision_report():
+    found = compare_precision(make_encoder('scene_cnn').freeze(), uint8(4, 112), repeats=1)
+    assert 0 < found['relative_error'] < 0.05 and found['cosine'] > 0.99 and found['fp32_images_per_s'] > 0
+
+
+def test_scene_cnn_knows_where():
+    cnn = SceneCNN().eval()
+    with torch.no_grad(): out = cnn(torch.zeros(1, 3, 112, 112))
+    inner = out[0, :, 2:5, 2:5].flatten(1).T   # away from the borders, only the coordinates differ
+    assert len(torch.unique(inner, dim=0)) == 9
+
+
+# ---- the shared network
+
+@pytest.fixture(scope='module')
+def real(mobilenet):
+    return make_encoder('mobilenetv2_100', mobilenet, pad_type='same', mean=(.5,)*3, std=(.5,)*3).freeze()
+
+
+def test_shared_weights_give_relu6_grids(real, flickr8k):
+    photos = [Image.open(p) for p in sorted((flickr8k/'Images').glob('*.jpg'))[:3]]
+    images = torch.stack([real.transform(p) for p in photos])
+    assert np.array_equal(images[0].permute(1, 2, 0), np.array(photos[0].convert('RGB')))   # 224×224 already
+    grid = real.encode_batch(images)
+    assert grid.shape == (3, 49, 1280) and grid.min() == 0 and 0 < grid.max() <= 6
+    assert 0.6 < (grid == 0).float().mean() < 0.95   # trained: most values are zero
+
+
+def test_shared_weights_equal_timms_own_path(real, mobilenet):
+    model = import_timm().create_model('mobilenetv2_100', pretrained=True, pad_type='same',
+                                       pretrained_cfg_overlay=dict(file=str(mobilenet), mean=(.5,)*3, std=(.5,)*3)).eval()
+    x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(): exact = model.forward_features(x)
+    torch.testing.assert_close(real(x), exact.flatten(2).transpose(1, 2), atol=1e-4, rtol=1e-4)
+    assert 'classifier.weight' in load_file(mobilenet)   # in the file, ignored
