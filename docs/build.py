@@ -374,18 +374,20 @@ def main() -> int:
     os.environ.setdefault('MPLBACKEND', 'agg')
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
-    start, source = time.time(), args.work.resolve()/'docs'
-    shutil.rmtree(source, ignore_errors=True)
-    shutil.rmtree(args.out, ignore_errors=True)
+    start, source, html = time.time(), args.work.resolve()/'docs', args.work.resolve()/'html'
+    for folder in (source, html): shutil.rmtree(folder, ignore_errors=True)
     run = None if args.run == 'none' else Path(args.run) if args.run else make_run(args.work.resolve()/'run')
     print(f'run: {time.time() - start:.0f} s', flush=True)
     write_sources(source, run)
     print(f'pages: {time.time() - start:.0f} s', flush=True)
     command = [sys.executable, '-m', 'sphinx', '-b', 'html', '-W', '--keep-going', '-q', '-j', 'auto', '-c', str(ROOT/'docs'),
-               '-d', str(args.work.resolve()/'doctrees'), str(source), str(args.out.resolve())]
-    code_ = subprocess.run(command, cwd=ROOT).returncode
-    if not code_: print(f'site: {args.out}/index.html ({time.time() - start:.0f} s)')
-    return code_
+               '-d', str(args.work.resolve()/'doctrees'), str(source), str(html)]
+    failed = subprocess.run(command, cwd=ROOT).returncode
+    if failed: return failed
+    shutil.rmtree(args.out, ignore_errors=True)   # only now: a site that could not be built leaves the one before
+    shutil.move(html, args.out)
+    print(f'site: {args.out}/index.html ({time.time() - start:.0f} s)')
+    return 0
 
 
 if __name__ == '__main__': sys.exit(main())
