@@ -316,7 +316,7 @@ def test_run_reader_and_table(two_attempts, tmp_path):
     (tmp_path/'r1'/'metrics.jsonl').write_text('{"epoch": 1, "loss": 3.0}\n{"epoch": 2, "loss": 2.0}\n{"epoch": 3, "lo')
     (tmp_path/'r1'/'results.json').write_text(json.dumps(dict(dev=dict(corpus=dict(CIDEr=0.5, Bleu_4=0.2), signature='sig'))))
     table = list_runs(tmp_path)
-    assert table.epochs[0] == 2 and table.CIDEr[0] == 0.5 and table.status[0] == 'not started'
+    assert table.epochs[0] == 2 and table.CIDEr[0] == 0.5 and table.status[0] == 'done'
     assert list(list_runs(tmp_path/'nothing')) == list(table)
     with pytest.raises(FileNotFoundError, match="no checkpoint 'best'"): Run(tmp_path/'r1').checkpoint()
 

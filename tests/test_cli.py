@@ -1,0 +1,270 @@
+"""The command line: one set of options in Config, flags and notebook; messages; and a whole run, from command to record."""
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from caption_nb import cli
+from caption_nb.runs import (Run, config_from, execute, experiment, list_runs, notebook_parameters, parameters_form, reproduce_command,
+                             update_form)
+from caption_nb.training import Captioner, Config, demo_config
+
+ENV = dict(os.environ, OMP_NUM_THREADS='1', COLUMNS='200')
+TINY = ['--num-images', '40', '--epochs', '1', '--threads', '1', '--precision', 'fp32', '--embed-dim', '16', '--hidden-dim', '16',
+        '--attention-dim', '8', '--max-len', '8']
+
+
+def caption_nb(*words: str, cwd: Path, timeout: float = 120, **kw) -> subprocess.CompletedProcess:
+    "Run the program as a user does"
+    return subprocess.run([sys.executable, '-m', 'caption_nb.cli', *map(str, words)], cwd=cwd, env=ENV, capture_output=True, text=True,
+                          timeout=timeout, **kw)
+
+
+def said(capsys, *words: str) -> tuple[int, str, str]:
+    "Exit status, stdout and stderr of the command, run in this process"
+    try: status = cli.main(list(words))
+    except SystemExit as e: status = e.code
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+# one set of options
+
+def fields() -> set[str]: return {f.name for f in dataclasses.fields(Config)}
+
+
+def test_flags_are_config_fields(capsys, monkeypatch):
+    monkeypatch.setenv('COLUMNS', '110')     # wider, and the groups stand side by side
+    status, out, _ = said(capsys, 'train', '--help')
+    flags = {flag.replace('-', '_') for flag in re.findall(r'^\W*--([a-z][a-z-]*)', out, re.M)}
+    assert status == 0 and flags - {'run_dir'} == fields()
+    for f in dataclasses.fields(Config): assert ' '.join(f.metadata['help'].split()[:3]) in out, f'the help of {f.name} is missing'
+    for group in ('data', 'encoder', 'decoder', 'training', 'decoding', 'machine', 'record'): assert f' {group} options ' in out
+
+
+def test_notebook_parameters_are_config_fields():
+    seen = papermill.inspect_notebook(str(experiment('train')))
+    assert set(seen) - {'run_dir'} == fields() and seen['run_dir']['default'] == "''"
+    defaults = Config().to_dict()
+    for name, p in seen.items():
+        if name != 'run_dir': assert eval(p['default']) == defaults[name] and p['help'], name
+
+
+def test_form_is_up_to_date(tmp_path):
+    cell, = [c for c in nbformat.read(experiment('train'), 4).cells if 'parameters' in c.metadata.get('tags', [])]
+    assert cell.source == parameters_form(), "Config changed: run python -c 'from caption_nb.runs import *; update_form(experiment())'"
+    assert not [line for line in cell.source.splitlines() if line.count('=') > 1]
+    (copy := tmp_path/'train.ipynb').write_bytes(experiment('train').read_bytes())
+    update_form(copy)
+    assert notebook_parameters(copy) == notebook_parameters(experiment('train'))
+
+
+def test_nbdev_clean_keeps_the_tag(tmp_path):
+    nbdev = pytest.importorskip('nbdev')
+    root = Path(cli.__file__).resolve().parent.parent
+    if not (root/'settings.ini').is_file(): pytest.skip('not in a clone: nbdev reads settings.ini')
+    (tmp_path/'settings.ini').write_bytes((root/'settings.ini').read_bytes())
+    (tmp_path/'nbs').mkdir()
+    copy = tmp_path/'nbs'/'train.ipynb'
+    copy.write_bytes(experiment('train').read_bytes())
+    subprocess.run([Path(sys.executable).parent/'nbdev_clean', '--fname', str(copy)], cwd=tmp_path, check=True, capture_output=True)
+    assert notebook_parameters(copy) == notebook_parameters(experiment('train'))
+    assert copy.read_bytes() == experiment('train').read_bytes()
+
+
+def values(f: dataclasses.Field):
+    "Values of the field `f` that a shell can carry"
+    if f.type is bool: return st.booleans()
+    if f.type is int: return st.integers(max(1, int(f.metadata['low'] or 1)), 50)
+    if f.type is float: return st.floats(0.01, 0.85)
+    return st.sampled_from(f.metadata['choices']) if f.metadata['choices'] else st.just(f.default)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.fixed_dictionaries({f.name: values(f) for f in dataclasses.fields(Config)}))
+def test_reproduce_command_round_trip(made):
+    import shlex
+    config = Config.from_dict(made | dict(data="it's a folder/ö", name='-x y'.strip('-'), decoder='attention_lstm'))
+    words = shlex.split(reproduce_command(config))
+    assert words[:2] == ['caption-nb', 'train'] and cli.parse_config(words[2:])[0] == config
+
+
+def test_parse_cases():
+    assert cli.parse_config(['--encoder-weights', 'w.safetensors', '--flip', '--no-gate', '--lr=1e-3', '--encoder-stage', '-2'])[0].changed() == \
+        dict(encoder_weights='w.safetensors', flip=True, gate=False, lr=1e-3, encoder_stage=-2)
+    assert cli.parse_config([], default=demo_config())[0] == demo_config()
+
+
+# messages
+
+@pytest.mark.parametrize('words, expected', [
+    (['--epocs', '3'], '--epochs'), (['--no-gates'], '--no-gate'), (['--encoder-weight', 'x'], '--encoder-weights'),
+    (['--epochs', 'three'], "--epochs: invalid literal for int() with base 10: 'three'"), (['--lr', 'fast'], '--lr'),
+    (['--epochs'], '--epochs'), (['--flip', 'yes'], 'yes'),
+    (['--schedule', 'cosin'], "did you mean 'cosine'?"), (['--dropout', '1.5'], 'dropout=1.5: must be at most 0.95'),
+    (['--encoder-mean', 'grey'], "encoder_mean='grey'"), (['--data', 'no/such folder'], '--data no/such folder: no such file or folder'),
+    (['--resume', 'nothing'], "no run 'nothing'")])
+def test_bad_usage_is_named(tmp_path, capsys, monkeypatch, words, expected):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = said(capsys, 'train', *words)
+    assert status == 2 and expected in re.sub(r'\s*│\n│\s*', ' ', out + err)
+    assert not list(tmp_path.iterdir()), 'a run folder was made although nothing could run'
+
+
+def test_unknown_command(capsys):
+    assert said(capsys, 'trian')[::2] == (2, "caption-nb: no command 'trian': did you mean 'train'?\n")
+    assert said(capsys)[0] == 2
+    status, out, _ = said(capsys, '--help')
+    assert status == 0 and all(f'\n  {name} ' in out for name in cli.COMMANDS)
+
+
+def test_run_folder_that_exists(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'mine').mkdir()
+    status, _, err = said(capsys, 'demo', '--run-dir', 'mine')
+    assert status == 2 and 'mine exists already and nothing is ever overwritten' in err and not list((tmp_path/'mine').iterdir())
+
+
+def test_runs_and_caption_messages(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert said(capsys, 'runs')[:2] == (0, 'no runs in papermill_runs\n')
+    assert 'there are no runs yet' in said(capsys, 'caption', 'x', 'photo.jpg')[2]
+    assert said(capsys, 'caption', 'x')[0] == 2
+    assert said(capsys, 'check', 'nowhere')[0] == 2
+    status, _, err = said(capsys, 'extract', '--encoder', 'scene_cnn', '--encoder-weights', 'random')
+    assert status == 2 and 'trained jointly' in err
+
+
+def test_help_is_quick_and_torch_free(tmp_path):
+    code = "import sys; from caption_nb.cli import main; main(['--help']); main(['--version']); sys.exit('torch' in sys.modules)"
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and re.search(r'^caption-nb \d+\.\d+', done.stdout, re.M)
+    assert time.monotonic() - start < 10     # 0.3 s on an idle machine; the tests may run on a busy one
+
+
+def test_follow_a_terminal(tmp_path):
+    import io
+    class Terminal(io.StringIO):
+        def isatty(self): return True
+    terminal = Terminal()
+    follow = cli.Follow(tmp_path, terminal)
+    def bar(text): follow('update_display_data', dict(data={'text/html': f'<progress value="1"></progress> {text}'}))
+    (tmp_path/'metrics.jsonl').write_text('{"step": 1, "dev": {"CIDEr": 0.5}, "epoch": 1}\n')
+    bar('training: 1/2'); follow.shown = 0; bar('training: 2/2')
+    follow.close()
+    assert '\r\033[Ktraining: 1/2' in terminal.getvalue() and '\r\033[Ktraining: 2/2' in terminal.getvalue()
+    assert 'epoch 1: dev CIDEr 0.500\n' in terminal.getvalue()
+
+
+# a whole run
+
+@pytest.fixture(scope='module')
+def demo(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    "A run of the demo made small: its folder, and what the command printed"
+    folder = tmp_path_factory.mktemp('demo')
+    done = caption_nb('demo', *TINY, '--cache-dir', 'cache', cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next((folder/'papermill_runs').iterdir()), done
+
+
+def test_run_folder_holds_everything(demo):
+    run, _ = demo
+    there = {p.name for p in run.iterdir()}
+    assert {'attempt-1.ipynb', 'run.ipynb', 'config.json', 'summary.md', 'metrics.jsonl', 'results.json', 'captions_dev.json', 'figures',
+            'environment.json', 'checkpoints', 'status.json'} == there
+    for which in ('last', 'best'):
+        assert {'model.safetensors', 'config.json', 'vocab.json', 'preprocess.json'} <= {p.name for p in (run/'checkpoints'/which).iterdir()}
+    figures = {p.name for p in (run/'figures').iterdir()}
+    assert {'data_examples.png', 'caption_lengths.png', 'curves.png', 'captions_best.png', 'captions_worst.png', 'attention_1.png',
+            'attention_1.gif', 'captions_dev.html'} <= figures
+    config, env, results = Run(run).config, Run(run).environment, Run(run).results
+    assert config == demo_config(num_images=40, epochs=1, threads=1, precision='fp32', embed_dim=16, hidden_dim=16, attention_dim=8, max_len=8,
+                                 cache_dir='cache').to_dict()
+    assert set(env['fingerprints']) == {'data', 'vocabulary'} and env['packages']['torch']
+    assert {'Bleu_1', 'Bleu_4', 'ROUGE_L', 'CIDEr'} <= set(results['dev']['scores']) and results['dev']['signature']
+    rows = json.loads((run/'captions_dev.json').read_text())
+    assert len(rows) == 4 and set(rows[0]) == {'image_id', 'caption'}
+
+
+def test_record_reads_well(demo):
+    run, done = demo
+    nb = nbformat.read(run/'run.ipynb', 4)
+    assert nb.metadata.caption_nb['status'] == 'done' and nb.cells[0].source.startswith('# ')
+    outputs = [o for c in nb.cells for o in c.get('outputs', [])]
+    assert sum('image/png' in o.get('data', {}) for o in outputs) >= 8
+    assert not [o for o in outputs if o.get('name') == 'stderr' or 'application/vnd.jupyter.widget-view+json' in o.get('data', {})]
+    text = json.dumps([o for o in outputs])
+    assert 'Signature' in text and 'caption-nb train --num-images 40' in text and 'image/gif' in text
+    assert (run/'run.ipynb').stat().st_size < 3e6
+    assert all(len(line) <= 120 for c in nb.cells if c.cell_type == 'code' and not c.metadata.get('tags') for line in c.source.splitlines())
+    summary = (run/'summary.md').read_text()
+    assert '**done**' in summary and '| dev |' in summary and 'caption-nb train' in summary
+    assert f'run folder: papermill_runs/{run.name}' in done.stdout and '| dev |' in done.stdout and 'summary.md' in done.stdout
+    assert 'epoch 1: dev' in done.stderr
+
+
+def test_caption_from_a_run(demo, capsys, tmp_path, monkeypatch):
+    run, _ = demo
+    photo = tmp_path/'photo.png'
+    Image.new('RGB', (112, 112), 'red').save(photo)
+    (tmp_path/'broken.jpg').write_text('not a photo')
+    monkeypatch.chdir(run.parent.parent)
+    status, out, err = said(capsys, 'caption', run.name, str(photo), str(tmp_path/'broken.jpg'), '--beam', '2', '--json')
+    assert status == 1 and 'broken.jpg' in err
+    assert json.loads(out) == dict(photo=str(photo), caption=Captioner.load(run).caption(photo, beam=2))
+    assert said(capsys, 'caption', str(run/'checkpoints'/'best'), str(photo))[0] == 0
+    status, out, _ = said(capsys, 'runs', '--json')
+    assert json.loads(out)['status'] == 'done' and 'demo' in said(capsys, 'runs')[1]
+
+
+def test_resume_keeps_the_configuration(demo, capsys, monkeypatch):
+    run, _ = demo
+    monkeypatch.chdir(run.parent.parent)
+    status, _, err = said(capsys, 'train', '--resume', run.name, '--lr', '1')
+    assert status == 2 and '--lr 1.0' in err and 'keeps its configuration' in err
+    assert not (run/'attempt-2.ipynb').exists()
+
+
+def test_plain_papermill_with_a_misspelt_parameter(tmp_path):
+    "Who calls papermill without us: its warning is not enough, the notebook itself refuses"
+    with pytest.raises(papermill.PapermillExecutionError, match="unknown field 'epocs': did you mean 'epochs'"):
+        papermill.execute_notebook(str(experiment('train')), str(tmp_path/'out.ipynb'), dict(epocs=3, runs_dir=str(tmp_path/'runs')),
+                                   cwd=str(tmp_path), progress_bar=False)
+    assert not (tmp_path/'runs').exists()
+
+
+def test_interrupted_then_resumed(tmp_path):
+    "Ctrl-C while training: a checkpoint, a truthful record, status 130; then the same run is finished in the same folder"
+    long = [*TINY, '--cache-dir', 'cache', '--epochs', '400', '--eval-every', '400', '--log-every', '1', '--schedule', 'constant']
+    process = subprocess.Popen([sys.executable, '-m', 'caption_nb.cli', 'demo', *long], cwd=tmp_path, env=ENV, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 60
+    while not list(tmp_path.glob('papermill_runs/*/metrics.jsonl')): assert time.monotonic() < end; time.sleep(0.1)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    run = next((tmp_path/'papermill_runs').iterdir())
+    assert process.returncode == 130 and 'interrupted by SIGINT' in err and f'--resume papermill_runs/{run.name}' in err
+    assert Run(run).status == 'interrupted' and 'stopped at step' in Run(run).attempts[0]['error']['message']
+    assert '**interrupted** (SIGINT)' in (run/'summary.md').read_text() and (run/'checkpoints'/'last'/'training.pt').is_file()
+    steps = Run(run).metrics[-1]['step']
+    epochs = steps//1 + 2     # one step an epoch would be the least
+    done = caption_nb('train', '--resume', run.name, '--epochs', str(epochs), cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    again = Run(run)
+    assert again.status == 'done' and [a['status'] for a in again.attempts] == ['interrupted', 'done'] and again.results
+    assert (run/'attempt-1.ipynb').is_file() and (run/'attempt-2.ipynb').is_file() and len(list(run.parent.iterdir())) == 1
+    logged = [row['step'] for row in again.metrics if 'loss' in row]
+    assert logged == sorted(set(logged)), 'steps were lost or repeated'
