@@ -298,3 +298,35 @@ def test_shared_weights_equal_timms_own_path(real, mobilenet):
     with torch.no_grad(): exact = model.forward_features(x)
     torch.testing.assert_close(real(x), exact.flatten(2).transpose(1, 2), atol=1e-4, rtol=1e-4)
     assert 'classifier.weight' in load_file(mobilenet)   # in the file, ignored
+
+
+# ---- folded normalisations
+
+@pytest.mark.parametrize('name', ['resnet18', 'mobilenetv2_050', 'resnetv2_50', 'densenet121', 'regnetx_002', 'vit_tiny_patch16_224'])
+def test_folding_changes_no_feature(name):
+    encoder = make_encoder(name, **SMALL).freeze()
+    generator = torch.Generator().manual_seed(0)
+    for m in encoder.model.modules():   # as if trained
+        if isinstance(m, torch.nn.BatchNorm2d):
+            m.running_mean.normal_(0, .2, generator=generator); m.running_var.uniform_(.5, 2, generator=generator)
+            m.weight.data.uniform_(.5, 1.5, generator=generator); m.bias.data.normal_(0, .2, generator=generator)
+    x = uint8(2)
+    torch.testing.assert_close(encoder.encode_batch(x), encoder(encoder.normalise(x)), atol=1e-3, rtol=1e-4)
+
+
+def test_folding_that_would_change_features_is_dropped():
+    class Twice(SceneCNN):   # uses a convolution where the order of names does not say so
+        def forward(self, x): return super().forward(x) + self.stages[2][0](self.stages[:2](x))[..., :7, :7]
+    encoder = Encoder('scene_cnn', Twice(), Preprocess((112, 112))).freeze()
+    for m in encoder.model.modules():
+        if isinstance(m, torch.nn.BatchNorm2d): m.running_mean.fill_(1.)
+    assert torch.equal(encoder.encode_batch(uint8(1, 112)), encoder(encoder.normalise(uint8(1, 112))))
+
+
+def test_new_weights_after_freezing_are_seen():
+    encoder, other = make_encoder('scene_cnn').freeze(), make_encoder('scene_cnn')
+    before = encoder.encode_batch(uint8(1, 112)), encoder.spec['weights_sha256']
+    encoder.load_state_dict(other.state_dict())
+    assert encoder.spec['weights_sha256'] == other.spec['weights_sha256'] != before[1]
+    torch.testing.assert_close(encoder.encode_batch(uint8(1, 112)), other.freeze().encode_batch(uint8(1, 112)))
+    assert not any('fast' in k or 'cache' in k for k in encoder.state_dict())
