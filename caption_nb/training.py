@@ -6,13 +6,13 @@
 __all__ = ['DECODER_OPTIONS', 'DECODERS', 'CHECKPOINT_FILES', 'FREE_FIELDS', 'option', 'DataOptions', 'EncoderOptions',
            'DecoderOptions', 'DecodingOptions', 'TrainingOptions', 'MachineOptions', 'RecordOptions', 'ConfigError',
            'Config', 'typed', 'field_faults', 'channel_values', 'combination_faults', 'FieldHelp', 'config_help',
-           'make_decoder', 'CaptionModel', 'rate_factor', 'Ema', 'Machine', 'time_step', 'choose_machine',
-           'recover_checkpoint', 'write_checkpoint', 'model_files', 'find_checkpoint', 'load_model', 'caption_images',
-           'attention_maps', 'default_cache', 'choose_device', 'Trainer', 'read_lines', 'prepare_data',
-           'prepare_encoder', 'checked_store', 'prepare_source', 'Explanation', 'Captioner', 'Evaluation',
-           'demo_config', 'main']
+           'make_decoder', 'concept_loss', 'CaptionModel', 'rate_factor', 'Ema', 'Machine', 'time_step',
+           'choose_machine', 'recover_checkpoint', 'write_checkpoint', 'model_files', 'find_checkpoint', 'load_model',
+           'caption_images', 'attention_maps', 'default_cache', 'choose_device', 'Trainer', 'read_lines',
+           'prepare_data', 'prepare_encoder', 'checked_store', 'prepare_source', 'Explanation', 'Captioner',
+           'Evaluation', 'demo_config', 'main']
 
-# %% ../nbs/60_training.ipynb #4c6df3f4
+# %% ../nbs/60_training.ipynb #2718efb5
 import copy
 import dataclasses
 import errno
@@ -52,7 +52,7 @@ from .metrics import Scores, score
 from .scenes import Grounding, grounding, make_scenes
 from .text import Vocab
 
-# %% ../nbs/60_training.ipynb #15a63e4c
+# %% ../nbs/60_training.ipynb #b369185b
 def option(group: str, # Heading under which the field is shown
            default: str | int | float | bool, # Its type is the field's type
            help: str, # Meaning, and unit where there is one
@@ -63,7 +63,7 @@ def option(group: str, # Heading under which the field is shown
     "A dataclass field with its `help` and the limits that `Config.validate` checks"
     return dataclasses.field(default=default, metadata=dict(group=group, help=help, choices=tuple(choices), low=low, high=high))
 
-# %% ../nbs/60_training.ipynb #5c36ee5f
+# %% ../nbs/60_training.ipynb #d9628ba4
 @dataclass
 class DataOptions:
     "What to learn from"
@@ -92,7 +92,7 @@ class EncoderOptions:
     flip: bool = option('encoder', False, 'train on mirrored images too, except where a caption says left or right')
     cache_dir: str = option('encoder', '', 'folder for features and drawn scenes; empty is ~/.cache/caption_nb')
 
-# %% ../nbs/60_training.ipynb #303ccd6a
+# %% ../nbs/60_training.ipynb #c4e4cdfe
 @dataclass
 class DecoderOptions:
     "What writes the words"
@@ -117,7 +117,7 @@ class DecodingOptions:
     length_norm: float = option('decoding', 1.0, 'a caption scores its log-probability divided by length to this power', low=0)
     ban_unk: bool = option('decoding', True, 'never write the unknown word')
 
-# %% ../nbs/60_training.ipynb #1b704c09
+# %% ../nbs/60_training.ipynb #0a3433ec
 @dataclass
 class TrainingOptions:
     "How the weights are found"
@@ -132,6 +132,7 @@ class TrainingOptions:
     plateau_patience: int = option('training', 1, 'plateau: evaluations without a better dev CIDEr before that', low=0)
     warmup_steps: int = option('training', 80, 'steps over which the rate rises from zero, at most a quarter of all steps', low=0)
     clip_norm: float = option('training', 5.0, 'gradients are scaled down to this norm; 0 leaves them', low=0)
+    concepts: float = option('training', 0.0, 'weight of the loss by which a jointly trained grid must tell the words of the captions', low=0)
     label_smoothing: float = option('training', 0.0, 'share of the target spread over all words', low=0, high=0.9)
     ema: float = option('training', 0.0, 'decay per step of the average of weights that is evaluated and kept; 0 is none',
                        low=0, high=0.99999)
@@ -156,7 +157,7 @@ class RecordOptions:
     runs_dir: str = option('record', 'papermill_runs', 'folder that holds the run folders')
     resume: str = option('record', '', 'run folder to continue')
 
-# %% ../nbs/60_training.ipynb #e2c22493
+# %% ../nbs/60_training.ipynb #313360ad
 class ConfigError(ValueError):
     "A field of `Config` has a name, a type or a value that cannot be"
 
@@ -200,7 +201,7 @@ class Config(RecordOptions, MachineOptions, DecodingOptions, TrainingOptions, De
         if faults: raise ConfigError('\n'.join(faults))
         return self
 
-# %% ../nbs/60_training.ipynb #2f59dc02
+# %% ../nbs/60_training.ipynb #d06e27d4
 def typed(name: str, # Field, for the message
           value, # What was given
           kind: type, # What is wanted: str, int, float or bool
@@ -233,7 +234,7 @@ def channel_values(text: str, # '' or '0.5' or '0.485,0.456,0.406'
     if len(values) not in (1, 3): raise ValueError(f'{text!r}: one number or three, separated by commas')
     return values if len(values) == 3 else values*3
 
-# %% ../nbs/60_training.ipynb #09fac32f
+# %% ../nbs/60_training.ipynb #26c4cdd6
 # Which fields of the decoder group each decoder takes, and under which name of its constructor
 DECODER_OPTIONS = {
     'attention_lstm': dict(embed_dim='embed_dim', hidden_dim='hidden_dim', attention_dim='attention_dim', attention='score', gate='gate',
@@ -251,6 +252,7 @@ def combination_faults(config: Config) -> list[str]:
     if c.encoder == 'scene_cnn':
         if c.features: faults.append(f'features={c.features!r}: scene_cnn is trained jointly, it has no stored features; leave it out')
         if c.flip: faults.append('flip=True: needs stored features, scene_cnn has none; leave it out')
+    elif c.concepts: faults.append(f'concepts={c.concepts!r}: the encoder {c.encoder} is frozen and cannot learn from it; leave it out')
     for name in ('encoder_mean', 'encoder_std'):
         try: channel_values(getattr(c, name))
         except ValueError as e: faults.append(f'{name}={getattr(c, name)!r}: expected numbers such as 0.5 or 0.485,0.456,0.406 ({e})')
@@ -261,7 +263,7 @@ def combination_faults(config: Config) -> list[str]:
         if getattr(c, name) == 0: faults.append(f'{name}=0.0: must be more than 0')
     return faults
 
-# %% ../nbs/60_training.ipynb #e2d272e0
+# %% ../nbs/60_training.ipynb #4052c7fa
 @dataclass
 class FieldHelp:
     "One line of `config_help`"
@@ -274,7 +276,7 @@ def config_help() -> list[FieldHelp]:
                       f.metadata['help'] + (f'; one of {", ".join(map(repr, c))}' if (c := f.metadata['choices']) else ''))
             for f in dataclasses.fields(Config)]
 
-# %% ../nbs/60_training.ipynb #eb6f401e
+# %% ../nbs/60_training.ipynb #ff5c5d18
 # Every decoder there is: add its class here and its options to DECODER_OPTIONS
 DECODERS = {'attention_lstm': AttentionLSTM}
 
@@ -288,12 +290,26 @@ def make_decoder(config: Config, # Which decoder, and its options
     if 'score' in options: options['score'] = options['score'].removeprefix('additive_')
     return DECODERS[config.decoder](len(vocab), encoder.dim, pad_id=vocab.pad_id, **options)
 
-# %% ../nbs/60_training.ipynb #dfde989c
+# %% ../nbs/60_training.ipynb #1cc1a6c2
+def concept_loss(scores: Tensor, # (B, L, V) of each word in each cell
+                 tokens: Tensor, # (B*k, T) word ids of the captions
+                 specials: int = 4, # The first words of the vocabulary, which are no words
+                 ) -> Tensor: # Scalar
+    "Does the grid tell which words the captions of its image have?"
+    B, L, V = scores.shape
+    there = torch.zeros(B, V, device=tokens.device).scatter_(1, tokens.view(B, -1), 1.)
+    found = scores.float().logsumexp(1) - math.log(L)
+    return F.binary_cross_entropy_with_logits(found[:, specials:], there[:, specials:])
+
+
 class CaptionModel(nn.Module):
     "An encoder and a decoder: from pixels or stored features to the loss of captions"
-    def __init__(self, encoder: Encoder, decoder: Decoder):
+    def __init__(self, encoder: Encoder, decoder: Decoder,
+                 concepts: float = 0., # Weight of `concept_loss`
+                 ):
         super().__init__()
-        self.encoder, self.decoder = encoder, decoder
+        self.encoder, self.decoder, self.weight = encoder, decoder, concepts
+        self.concepts = nn.Linear(encoder.dim, decoder.vocab_size) if concepts else None   # used in training only
 
     def grid(self, images: Tensor, # (B, L, D) features, or (B, 3, H, W) uint8 pixels
              ) -> Tensor: # (B, L, D)
@@ -305,14 +321,16 @@ class CaptionModel(nn.Module):
              pad_id: int = 0, # Positions with this target do not count
              ) -> tuple[Tensor, Tensor]: # Scalars: what is minimised, and its first part, the cross-entropy in nats per word
         "Teacher forcing: mean cross-entropy of the words of `batch`, plus what the decoder adds"
-        memory = self.decoder.encode(self.grid(batch.images))
-        hidden, attention = self.decoder.hidden(memory, batch.inputs)   # (N, T, H), (N, T, L)
+        grid = self.grid(batch.images)
+        hidden, attention = self.decoder.hidden(self.decoder.encode(grid), batch.inputs)   # (N, T, H), (N, T, L)
         mask = batch.targets != pad_id
-        logits = self.decoder.project(hidden[mask])                     # (words, V)
+        logits = self.decoder.project(hidden[mask])                                       # (words, V)
         words = F.cross_entropy(logits.float(), batch.targets[mask], label_smoothing=label_smoothing)
-        return words + sum(self.decoder.loss_terms(attention, mask).values()), words
+        terms = self.decoder.loss_terms(attention, mask)
+        if self.concepts: terms['concepts'] = self.weight*concept_loss(self.concepts(grid), batch.tokens)
+        return words + sum(terms.values()), words
 
-# %% ../nbs/60_training.ipynb #d5b52c01
+# %% ../nbs/60_training.ipynb #5ad9e0aa
 def rate_factor(step: int, # Steps done so far
                 steps: int, # Steps in all
                 warmup: int, # Steps of the rise
@@ -323,7 +341,7 @@ def rate_factor(step: int, # Steps done so far
     if step < warmup: return (step + 1)/(warmup + 1)
     return 1. if schedule != 'cosine' else 0.5*(1 + math.cos(math.pi*(step - warmup)/max(1, steps - warmup)))
 
-# %% ../nbs/60_training.ipynb #8bab7cb1
+# %% ../nbs/60_training.ipynb #853e84bc
 class Ema:
     "Exponential moving average of what `model` learns"
     def __init__(self, model: nn.Module, # Parameters that need gradients, and buffers of training modules, are averaged
@@ -354,7 +372,7 @@ class Ema:
         finally:
             for n, t in self.learned(): t.copy_(mine[n])
 
-# %% ../nbs/60_training.ipynb #113c8c94
+# %% ../nbs/60_training.ipynb #4826ae7c
 @dataclass
 class Machine:
     "How steps are computed, and how long a step took in each of the ways tried"
@@ -378,7 +396,7 @@ def time_step(model: CaptionModel, # Trained on nothing: gradients are thrown aw
         model.zero_grad(set_to_none=True)
     return min(times[1:])
 
-# %% ../nbs/60_training.ipynb #a8025362
+# %% ../nbs/60_training.ipynb #82dfa7be
 def choose_machine(config: Config, # `threads` and `precision`: what it fixes is not measured
                    model: CaptionModel, # Not changed
                    batch: Batch, # A typical one, on the model's device
@@ -405,7 +423,7 @@ def choose_machine(config: Config, # `threads` and `precision`: what it fixes is
     finally: torch.set_num_threads(most)
     return Machine(best[1], best[2], seconds)
 
-# %% ../nbs/60_training.ipynb #acc6f366
+# %% ../nbs/60_training.ipynb #da7ce700
 CHECKPOINT_FILES = ('model.safetensors', 'config.json', 'vocab.json', 'preprocess.json')
 
 
@@ -440,7 +458,7 @@ def write_checkpoint(folder: str | Path, # Its final name; replaced if it exists
     shutil.rmtree(old, ignore_errors=True)
     return folder
 
-# %% ../nbs/60_training.ipynb #0f14f984
+# %% ../nbs/60_training.ipynb #394154e5
 def model_files(model: CaptionModel, vocab: Vocab, config: Config) -> dict[str, bytes]:
     "The files that make `model` usable elsewhere"
     weights = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in model.state_dict().items()}
@@ -462,7 +480,7 @@ def find_checkpoint(folder: str | Path, # A checkpoint folder, or a run folder, 
                                 'copy the whole folder again')
     return folder
 
-# %% ../nbs/60_training.ipynb #1c234db0
+# %% ../nbs/60_training.ipynb #eb108f3c
 def load_model(folder: str | Path, # A checkpoint or run folder
                ) -> tuple[CaptionModel, Vocab, Config]: # In evaluation mode, on the CPU
     "What the checkpoint in `folder` holds"
@@ -479,7 +497,7 @@ def load_model(folder: str | Path, # A checkpoint or run folder
     load_weights(decoder, part('decoder.'), str(folder/'model.safetensors'))
     return CaptionModel(encoder.freeze(), decoder.eval()), vocab, config
 
-# %% ../nbs/60_training.ipynb #051c703b
+# %% ../nbs/60_training.ipynb #48478b65
 def caption_images(model: CaptionModel, # On any device
                    vocab: Vocab, # Its words
                    ids: Sequence[str], # n image ids
@@ -510,7 +528,7 @@ def attention_maps(hypothesis: Hypothesis, # With attention
     if a.ndim == 3: a = a.mean(1)                                  # (T, L)
     return a[:len(hypothesis.tokens)].unflatten(-1, tuple(grid))
 
-# %% ../nbs/60_training.ipynb #cf5178da
+# %% ../nbs/60_training.ipynb #3d5c8704
 # What may be changed when a run is continued: it does not alter what is trained
 FREE_FIELDS = {'name', 'runs_dir', 'resume', 'device', 'threads', 'cache_dir', 'features', 'beam', 'log_every', 'patience'}
 
@@ -530,7 +548,7 @@ def choose_device(name: str = 'auto', # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f'device={name!r} cannot be used here: {str(e).splitlines()[0]}') from e
 
-# %% ../nbs/60_training.ipynb #0d29efa1
+# %% ../nbs/60_training.ipynb #81219dfc
 class Trainer:
     "One run: `prepare`, `fit`, `evaluate`; continues where the run folder's last checkpoint ended"
     def __init__(self, config: Config, # Checked
@@ -569,7 +587,7 @@ def read_lines(path: Path) -> list[dict]:
         except ValueError: break
     return rows
 
-# %% ../nbs/60_training.ipynb #d7f9293d
+# %% ../nbs/60_training.ipynb #42b984f8
 def prepare_data(config: Config, # Fields of the data group, `image_size` and `cache_dir`
                  quiet: bool = False, # No progress bar
                  ) -> CaptionData:
@@ -614,7 +632,7 @@ def prepare_source(config: Config, data: CaptionData, encoder: Encoder, quiet: b
         if path.is_file(): return checked_store(path, data, encoder, ids, views)
     return extract(data, encoder, path, views=views, quiet=quiet)
 
-# %% ../nbs/60_training.ipynb #812378b8
+# %% ../nbs/60_training.ipynb #1e4aab23
 @patch
 def prepare(self: Trainer) -> Trainer:
     "Data, vocabulary, encoder, features, model, optimiser; and the state of the last checkpoint, if there is one"
@@ -630,7 +648,7 @@ def prepare(self: Trainer) -> Trainer:
     self.batches = CaptionBatches(self.data, self.vocab, 'train', self.source, c.images_per_batch, c.captions_per_image, c.seed,
                                   max_words=c.max_words, flip=c.flip)
     torch.manual_seed(c.seed)   # again: weights must not depend on whether features were extracted or found
-    self.model = CaptionModel(encoder, make_decoder(c, self.vocab, encoder)).to(self.device)
+    self.model = CaptionModel(encoder, make_decoder(c, self.vocab, encoder), c.concepts).to(self.device)
     self._prepare_optimizer()
     self.ema = Ema(self.model, c.ema) if c.ema else None
     self.machine = None
@@ -643,14 +661,14 @@ def prepare(self: Trainer) -> Trainer:
 @patch
 def _prepare_optimizer(self: Trainer):
     groups, c = [], self.config
-    for part, rate in ((self.model.encoder, c.encoder_lr), (self.model.decoder, c.lr)):
-        learned = [p for p in part.parameters() if p.requires_grad]
+    for rate, parts in ((c.encoder_lr, (self.model.encoder, self.model.concepts)), (c.lr, (self.model.decoder,))):
+        learned = [p for part in parts if part for p in part.parameters() if p.requires_grad]
         groups += [dict(params=ps, lr=rate, highest=rate, weight_decay=decay) for ps, decay in   # biases and norms are not decayed
                    (([p for p in learned if p.ndim > 1], c.weight_decay), ([p for p in learned if p.ndim < 2], 0.)) if ps]
     self.parameters = [p for g in groups for p in g['params']]
     self.optimizer = torch.optim.AdamW(groups, fused=self.device.type in ('cpu', 'cuda'))
 
-# %% ../nbs/60_training.ipynb #7e181967
+# %% ../nbs/60_training.ipynb #44c77eb3
 @patch
 def state(self: Trainer) -> dict:
     "All that resuming needs besides the weights"
@@ -673,7 +691,7 @@ def save(self: Trainer, name: str, # 'last' or 'best'
         files['training.pt'] = buffer.getvalue()
     return write_checkpoint(self.checkpoints/name, files)
 
-# %% ../nbs/60_training.ipynb #e8da43f9
+# %% ../nbs/60_training.ipynb #7b406467
 @patch
 def load(self: Trainer, folder: Path, # checkpoints/last
          ):
@@ -705,7 +723,7 @@ def _check_same(self: Trainer, state: dict):
     if other: raise ConfigError(f'{self.run} cannot be continued with this configuration: {"; ".join(other)}. '
                                 'Change it back, or start a new run')
 
-# %% ../nbs/60_training.ipynb #e063dc12
+# %% ../nbs/60_training.ipynb #01d1d93f
 @patch
 def train_step(self: Trainer, batch: Batch):
     "Forward, backward and update on `batch`"
@@ -753,7 +771,7 @@ def log(self: Trainer, **values):
     row = dict(step=self.step, epoch=round(self.step/len(self.batches), 4), seconds=round(self.seconds, 3)) | values
     with open(self.run/'metrics.jsonl', 'a', encoding='utf-8') as f: f.write(json.dumps(row) + '\n')
 
-# %% ../nbs/60_training.ipynb #e63e8e47
+# %% ../nbs/60_training.ipynb #04ba0e5b
 @patch
 def end_epoch(self: Trainer):
     "Log, score the dev split, keep the best, write the checkpoint"
@@ -784,7 +802,7 @@ def judge(self: Trainer, cider: float):
     if c.schedule == 'plateau' and self.stalled > c.plateau_patience: self.scale, self.stalled = self.scale*c.plateau_factor, 0
     self.stopped = bool(c.patience) and self.bad >= c.patience
 
-# %% ../nbs/60_training.ipynb #e2a95ebb
+# %% ../nbs/60_training.ipynb #96ec89fd
 @patch
 def fit(self: Trainer, on_eval: Callable[[list[dict]], None] | None = None, # Called after each evaluation with the lines of metrics.jsonl
         ) -> list[dict]: # The lines of metrics.jsonl
@@ -822,7 +840,7 @@ def status(self: Trainer) -> str:
     dev = f', dev CIDEr {self.best:.3f} (epoch {self.best_epoch})' if self.best_epoch else ''
     return f'epoch {min(self.epoch + 1, self.config.epochs)}/{self.config.epochs}{loss}{dev}'
 
-# %% ../nbs/60_training.ipynb #fbd1bd33
+# %% ../nbs/60_training.ipynb #f8b14012
 @patch
 def _sample_batch(self: Trainer) -> Batch:
     batches = iter(copy.copy(self.batches))   # a copy: the place in the order stays what it is
@@ -845,7 +863,7 @@ def _loop_settings(self: Trainer) -> Iterator[None]:
         torch.set_num_threads(threads)
         if main: signal.signal(signal.SIGINT, before)
 
-# %% ../nbs/60_training.ipynb #0cab9ce3
+# %% ../nbs/60_training.ipynb #bda3bf67
 @dataclass
 class Explanation:
     "A caption, and where the decoder looked at each of its words"
@@ -876,7 +894,7 @@ class Captioner:
         opened = [p if isinstance(p, Image.Image) else open_image(p) for p in photos]
         return torch.stack([self.model.encoder.transform(p.convert('RGB')) for p in opened])
 
-# %% ../nbs/60_training.ipynb #8fa4dc7b
+# %% ../nbs/60_training.ipynb #e4fcca7d
 @patch
 def search(self: Captioner, photos: Sequence[str | Path | Image.Image], # n photos
            beam: int | None = None, # Width; None takes the configuration's
@@ -914,7 +932,7 @@ def explain(self: Captioner, photo: str | Path | Image.Image, # One photo
     seen = Image.fromarray(self.images([photo])[0].permute(1, 2, 0).numpy())
     return Explanation(seen, [self.vocab.words[i] for i in h.tokens], attention_maps(h, self.model.encoder.grid), h.score)
 
-# %% ../nbs/60_training.ipynb #96da0849
+# %% ../nbs/60_training.ipynb #214ec0e2
 @dataclass
 class Evaluation:
     "Captions of a split and what they score"
@@ -933,7 +951,7 @@ class Evaluation:
         if g := self.grounding: row['grounding'] = dict(pointing=g.pointing, chance=g.chance, ratio=g.ratio, words=g.n)
         return row
 
-# %% ../nbs/60_training.ipynb #cdccf2a5
+# %% ../nbs/60_training.ipynb #e43e1e42
 @patch
 def evaluate(self: Trainer, split: str = 'dev', # Which split
              width: int | None = None, # Beam width; None takes the configuration's
@@ -956,7 +974,7 @@ def evaluate(self: Trainer, split: str = 'dev', # Which split
     atomic_write(path, json.dumps(results, indent=1) + '\n')
     return result
 
-# %% ../nbs/60_training.ipynb #90bfcd09
+# %% ../nbs/60_training.ipynb #91aa4003
 def demo_config(**changes, # Fields to set otherwise
                 ) -> Config:
     "The configuration of the demo: 2,000 drawn scenes, a small encoder trained jointly"
@@ -964,7 +982,7 @@ def demo_config(**changes, # Fields to set otherwise
                 lr=3e-3, encoder_lr=3e-3, epochs=12, images_per_batch=32, eval_every=2, max_len=25)
     return Config.from_dict(demo | changes)
 
-# %% ../nbs/60_training.ipynb #b0536ae5
+# %% ../nbs/60_training.ipynb #bed34f9b
 def main(arguments: Sequence[str] | None = None) -> int:
     "`python -m caption_nb.training RUN`: train the run folder's config.json to the end and evaluate on dev"
     arguments = sys.argv[1:] if arguments is None else list(arguments)
