@@ -50,6 +50,7 @@ def run(quick: bool = False) -> list[Result]:
                 return [found[0].tokens for found in generate(ours, grid, 5, steps, length_norm=0., banned=[END])]
         def one_by_one(): return [plain_beam(peer, g[None], 5, steps) for g in grid[:peers]]
         if not low and (a := caption()[:peers]) != (b := one_by_one()): raise AssertionError(f'the captions differ: {a} and {b}')
+        sizes = dict(images=images, regions=49, D=D, dim=dim, vocab=vocab, words=steps)
         results.append(compare(f'beam 5, {steps} words, ' + ('bf16 | fp32' if low else 'fp32'), caption, one_by_one, images, 'captions/s',
-                               rounds=rounds, peer_count=peers, sizes=dict(images=images, regions=49, D=D, dim=dim, vocab=vocab, steps=steps)))
+                               rounds=rounds, peer_count=peers, sizes=sizes))
     return results

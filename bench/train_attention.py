@@ -123,9 +123,9 @@ def run(quick: bool = False) -> list[Result]:
         with torch.no_grad(): torch.testing.assert_close(our_loss(ours, grid, tokens), plain_loss(peer, rows, tokens), rtol=1e-4, atol=1e-4)
         ours.train(), peer.train()
         n = min(32, len(rows))
-        tokens_peer = tokens[:n]
         name = f'attention training, {L} regions, ' + {(0, 0): 'fp32', (1, 0): 'bf16 | fp32', (1, 1): 'bf16'}[low, peer_low]
+        sizes = dict(images=images, captions=5, regions=L, D=D, dim=dim, vocab=vocab, peer_batch=n)
         results.append(compare(name, trainer(ours, our_loss, grid, tokens, low, True),
-                               trainer(peer, plain_loss, rows[:n].clone(), tokens_peer, peer_low, False), len(tokens), 'captions/s', rounds=rounds,
-                               peer_count=n, sizes=dict(images=images, captions=5, regions=L, D=D, dim=dim, vocab=vocab, peer_batch=n)))
+                               trainer(peer, plain_loss, rows[:n].clone(), tokens[:n], peer_low, False), len(tokens), 'captions/s',
+                               rounds=rounds, peer_count=n, sizes=sizes))
     return results
