@@ -6,7 +6,7 @@
 __all__ = ['COMMANDS', 'parse_config', 'Follow', 'evaluation_line', 'launch', 'report', 'train', 'demo', 'runs', 'caption',
            'caption_photos', 'extract', 'check', 'usage', 'main']
 
-# %% ../nbs/90_cli.ipynb #09e5e090
+# %% ../nbs/90_cli.ipynb #90066dc9
 import dataclasses
 import html
 import json
@@ -20,13 +20,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from fastcore.basics import patch
+
 from .basics import human_time, nearest
 from .runs import Run, execute, experiment, find_run, list_runs, new_run, reproduce_command, score_lines, write_summary
 
-# %% ../nbs/90_cli.ipynb #df5aad0e
+# %% ../nbs/90_cli.ipynb #9a19d7a9
 if TYPE_CHECKING: from caption_nb.training import Config
 
-# %% ../nbs/90_cli.ipynb #893a0b19
+# %% ../nbs/90_cli.ipynb #b19b7ee9
 def _group_class(group: str, fields: list[dataclasses.Field], values: dict[str, Any]) -> type:
     "A dataclass of the `fields` of one group, which tyro shows under one heading"
     import tyro
@@ -56,7 +58,7 @@ def _flags_class(config: 'Config', # The defaults
 
 ORDER = ('data', 'encoder', 'decoder', 'training', 'decoding', 'machine', 'record')
 
-# %% ../nbs/90_cli.ipynb #80ee604c
+# %% ../nbs/90_cli.ipynb #b0c2169c
 def parse_config(argv: list[str], # Words of the command line after the command
                  command: str = 'train', # For the help page
                  doc: str = '', # What the command does
@@ -74,7 +76,7 @@ def parse_config(argv: list[str], # Words of the command line after the command
     values = {k: v for part in found.values() if isinstance(part, dict) for k, v in part.items()}
     return Config.from_dict(dataclasses.asdict(config) | values), {k: v for k, v in found.items() if not isinstance(v, dict)}
 
-# %% ../nbs/90_cli.ipynb #2f46a0d7
+# %% ../nbs/90_cli.ipynb #8d5e6287
 class Follow:
     "Shows on the terminal what a kernel reports: call it with every message"
     def __init__(self, run: str | Path, # Run folder, whose metrics.jsonl is followed
@@ -104,16 +106,6 @@ class Follow:
         try: print(text, end='', file=self.out, flush=True)
         except (OSError, ValueError): pass
 
-    def evaluations(self):
-        "Print a line for each evaluation that metrics.jsonl has since the last look"
-        self.looked = time.monotonic()
-        if not self.path.is_file(): return
-        with open(self.path, 'rb') as f:
-            f.seek(self.offset)
-            *lines, rest = f.read().split(b'\n')     # what is not a whole line yet waits
-            self.offset = f.tell() - len(rest)
-        for line in filter(None, map(evaluation_line, lines)): self.line(line)
-
     def line(self, text: str):
         "A line that stays"
         self.write(f'\r\033[K{text}\n' if self.tty else f'{text}\n')
@@ -122,7 +114,19 @@ class Follow:
         self.evaluations()
         if self.tty: self.write('\r\033[K')
 
-# %% ../nbs/90_cli.ipynb #731fe632
+# %% ../nbs/90_cli.ipynb #e2fa2699
+@patch
+def evaluations(self: Follow):
+    "Print a line for each evaluation that metrics.jsonl has since the last look"
+    self.looked = time.monotonic()
+    if not self.path.is_file(): return
+    with open(self.path, 'rb') as f:
+        f.seek(self.offset)
+        *lines, rest = f.read().split(b'\n')     # what is not a whole line yet waits
+        self.offset = f.tell() - len(rest)
+    for line in filter(None, map(evaluation_line, lines)): self.line(line)
+
+# %% ../nbs/90_cli.ipynb #fbcde3a3
 def evaluation_line(line: bytes | str, # A line of metrics.jsonl
                     ) -> str: # '' if it is no evaluation
     "An evaluation in words: epoch, scores, time"
@@ -134,7 +138,7 @@ def evaluation_line(line: bytes | str, # A line of metrics.jsonl
     when = f'epoch {row["epoch"]:g}: ' if isinstance(row.get('epoch'), (int, float)) else ''
     return f'{when}dev {scores}{after}'
 
-# %% ../nbs/90_cli.ipynb #5dd68b69
+# %% ../nbs/90_cli.ipynb #9da09adc
 def launch(config: 'Config', # What to run
            run_dir: str = '', # Exactly this folder, which must not exist; default: a new one in config.runs_dir
            quiet: bool = False, # Show no progress
@@ -166,7 +170,7 @@ def report(run: Path, # Run folder
     print(f'{what}\nrecord: {record}\ncontinue with: caption-nb train --resume {shlex.quote(str(run))}', file=sys.stderr)
     return 128 + signal.Signals[truth['signal']] if truth['signal'] else 130 if truth['status'] == 'interrupted' else 1
 
-# %% ../nbs/90_cli.ipynb #732033b9
+# %% ../nbs/90_cli.ipynb #17216e1c
 def _resumed(argv: list[str], config: 'Config', extra: list[tuple], doc: str) -> 'Config':
     "The configuration of the run that `config.resume` names, with flags that do not alter what is trained"
     from caption_nb.training import FREE_FIELDS, Config
@@ -187,7 +191,7 @@ def _run_dir() -> tuple:
     text = 'Exactly this run folder, which must not exist; otherwise a new one in --runs-dir gets a name of its own.'
     return ('run_dir', Annotated[str, tyro.conf.arg(help=text)], dataclasses.field(default=''))
 
-# %% ../nbs/90_cli.ipynb #0bb8a429
+# %% ../nbs/90_cli.ipynb #8ee5d640
 def train(argv: list[str]) -> int:
     "Train a captioner, caption and score the held-out photos, and record it all in a run folder."
     config, extra = parse_config(argv, 'train', train.__doc__, extra=[_run_dir()])
@@ -203,7 +207,7 @@ def demo(argv: list[str]) -> int:
     config, extra = parse_config(argv, 'demo', demo.__doc__, default=demo_config(), extra=[_run_dir()])
     return launch(config, extra['run_dir'])
 
-# %% ../nbs/90_cli.ipynb #960b51f5
+# %% ../nbs/90_cli.ipynb #1f6a9a1b
 def runs(argv: list[str]) -> int:
     "Show the table of all runs, oldest first: status, epochs, scores on dev, minutes."
     import tyro
@@ -231,7 +235,7 @@ def caption(argv: list[str]) -> int:
     a = tyro.cli(arguments, prog='caption-nb caption', description=caption.__doc__, args=argv)
     return caption_photos(a['run'], a['photos'], a['beam'], a['json'], a['device'], a['runs_dir'])
 
-# %% ../nbs/90_cli.ipynb #8b808a61
+# %% ../nbs/90_cli.ipynb #13aa8387
 def caption_photos(run: str, # Run folder, part of its name, or a checkpoint folder
                    photos: tuple[str, ...], # Image files
                    beam: int = 5, as_json: bool = False, device: str = 'auto', runs_dir: str = 'papermill_runs',
@@ -250,7 +254,7 @@ def caption_photos(run: str, # Run folder, part of its name, or a checkpoint fol
         print(json.dumps(dict(photo=photo, caption=text), ensure_ascii=False) if as_json else f'{photo}: {text}', flush=True)
     return status
 
-# %% ../nbs/90_cli.ipynb #ec7a377e
+# %% ../nbs/90_cli.ipynb #dcce2a06
 def extract(argv: list[str]) -> int:
     "Encode every photo once and store the features, for all runs that use this encoder."
     from caption_nb.training import prepare_data, prepare_encoder, prepare_source
@@ -277,7 +281,7 @@ def check(argv: list[str]) -> int:
     print(result)
     return 0 if result.ok else 1
 
-# %% ../nbs/90_cli.ipynb #05dcb7a9
+# %% ../nbs/90_cli.ipynb #bf9853c7
 COMMANDS = dict(demo=demo, check=check, extract=extract, train=train, runs=runs, caption=caption)
 
 
@@ -308,5 +312,5 @@ def main(argv: list[str] | None = None, # Default: the words of the command line
         print('\n'.join(f'caption-nb {name}: {line}' for line in str(e).splitlines()), file=sys.stderr)
         return 2
 
-# %% ../nbs/90_cli.ipynb #ae9c52ed
+# %% ../nbs/90_cli.ipynb #8b293ffd
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())
