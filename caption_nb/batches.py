@@ -30,7 +30,8 @@ class Batch:
     lengths: Tensor # (B*k,) int64, tokens of each row before the padding; 0 for a row without a caption
 
     @property
-    def inputs(self) -> Tensor: return self.tokens[:, :-1] # (B*k, T-1): what the decoder reads
+    def inputs(self) -> Tensor: # (B*k, T-1): what the decoder reads; nothing follows <end>, so there it is padding
+        return self.tokens[:, :-1].masked_fill(self.tokens[:, 1:] == 0, 0)
 
     @property
     def targets(self) -> Tensor: return self.tokens[:, 1:] # (B*k, T-1): what it is to say next

@@ -12,7 +12,7 @@ __all__ = ['DECODER_OPTIONS', 'DECODERS', 'CHECKPOINT_FILES', 'FREE_FIELDS', 'op
            'prepare_data', 'prepare_encoder', 'checked_store', 'prepare_source', 'Explanation', 'Captioner',
            'Evaluation', 'demo_config', 'main']
 
-# %% ../nbs/60_training.ipynb #3d919906
+# %% ../nbs/60_training.ipynb #d3579484
 import copy
 import dataclasses
 import errno
@@ -52,7 +52,7 @@ from .metrics import Scores, score
 from .scenes import Grounding, grounding, make_scenes
 from .text import Vocab
 
-# %% ../nbs/60_training.ipynb #0dd24a1e
+# %% ../nbs/60_training.ipynb #9f4f3016
 def option(group: str, # Heading under which the field is shown
            default: str | int | float | bool, # Its type is the field's type
            help: str, # Meaning, and unit where there is one
@@ -63,7 +63,7 @@ def option(group: str, # Heading under which the field is shown
     "A dataclass field with its `help` and the limits that `Config.validate` checks"
     return dataclasses.field(default=default, metadata=dict(group=group, help=help, choices=tuple(choices), low=low, high=high))
 
-# %% ../nbs/60_training.ipynb #86f8b405
+# %% ../nbs/60_training.ipynb #31df4885
 @dataclass
 class DataOptions:
     "What to learn from"
@@ -92,7 +92,7 @@ class EncoderOptions:
     flip: bool = option('encoder', False, 'train on mirrored images too, except where a caption says left or right')
     cache_dir: str = option('encoder', '', 'folder for features and drawn scenes; empty is ~/.cache/caption_nb')
 
-# %% ../nbs/60_training.ipynb #1da95078
+# %% ../nbs/60_training.ipynb #cf9bcfff
 @dataclass
 class DecoderOptions:
     "What writes the words"
@@ -117,7 +117,7 @@ class DecodingOptions:
     length_norm: float = option('decoding', 1.0, 'a caption scores its log-probability divided by length to this power', low=0)
     ban_unk: bool = option('decoding', True, 'never write the unknown word')
 
-# %% ../nbs/60_training.ipynb #b3cc2ad2
+# %% ../nbs/60_training.ipynb #62a042ef
 @dataclass
 class TrainingOptions:
     "How the weights are found"
@@ -132,7 +132,8 @@ class TrainingOptions:
     plateau_patience: int = option('training', 1, 'plateau: evaluations without a better dev CIDEr before that', low=0)
     warmup_steps: int = option('training', 80, 'steps over which the rate rises from zero, at most a quarter of all steps', low=0)
     clip_norm: float = option('training', 5.0, 'gradients are scaled down to this norm; 0 leaves them', low=0)
-    concepts: float = option('training', 0.0, 'weight of a loss by which a jointly trained grid must tell which words come', low=0)
+    concepts: float = option('training', 0.0, low=0,
+                             help='weight of the loss by which a jointly trained grid must tell the words of the captions')
     label_smoothing: float = option('training', 0.0, 'share of the target spread over all words', low=0, high=0.9)
     ema: float = option('training', 0.0, 'decay per step of the average of weights that is evaluated and kept; 0 is none',
                        low=0, high=0.99999)
@@ -157,7 +158,7 @@ class RecordOptions:
     runs_dir: str = option('record', 'papermill_runs', 'folder that holds the run folders')
     resume: str = option('record', '', 'run folder to continue')
 
-# %% ../nbs/60_training.ipynb #5cbe9311
+# %% ../nbs/60_training.ipynb #39caeef2
 class ConfigError(ValueError):
     "A field of `Config` has a name, a type or a value that cannot be"
 
@@ -201,7 +202,7 @@ class Config(RecordOptions, MachineOptions, DecodingOptions, TrainingOptions, De
         if faults: raise ConfigError('\n'.join(faults))
         return self
 
-# %% ../nbs/60_training.ipynb #2f92fa02
+# %% ../nbs/60_training.ipynb #c021860f
 def typed(name: str, # Field, for the message
           value, # What was given
           kind: type, # What is wanted: str, int, float or bool
@@ -234,7 +235,7 @@ def channel_values(text: str, # '' or '0.5' or '0.485,0.456,0.406'
     if len(values) not in (1, 3): raise ValueError(f'{text!r}: one number or three, separated by commas')
     return values if len(values) == 3 else values*3
 
-# %% ../nbs/60_training.ipynb #1600b5a6
+# %% ../nbs/60_training.ipynb #38631d10
 # Which fields of the decoder group each decoder takes, and under which name of its constructor
 DECODER_OPTIONS = {
     'attention_lstm': dict(embed_dim='embed_dim', hidden_dim='hidden_dim', attention_dim='attention_dim', attention='score', gate='gate',
@@ -263,7 +264,7 @@ def combination_faults(config: Config) -> list[str]:
         if getattr(c, name) == 0: faults.append(f'{name}=0.0: must be more than 0')
     return faults
 
-# %% ../nbs/60_training.ipynb #7ddf478d
+# %% ../nbs/60_training.ipynb #da4ca0cf
 @dataclass
 class FieldHelp:
     "One line of `config_help`"
@@ -276,7 +277,7 @@ def config_help() -> list[FieldHelp]:
                       f.metadata['help'] + (f'; one of {", ".join(map(repr, c))}' if (c := f.metadata['choices']) else ''))
             for f in dataclasses.fields(Config)]
 
-# %% ../nbs/60_training.ipynb #887b530e
+# %% ../nbs/60_training.ipynb #3fcfe749
 # Every decoder there is: add its class here and its options to DECODER_OPTIONS
 DECODERS = {'attention_lstm': AttentionLSTM}
 
@@ -290,7 +291,7 @@ def make_decoder(config: Config, # Which decoder, and its options
     if 'score' in options: options['score'] = options['score'].removeprefix('additive_')
     return DECODERS[config.decoder](len(vocab), encoder.dim, pad_id=vocab.pad_id, **options)
 
-# %% ../nbs/60_training.ipynb #d68ce5f0
+# %% ../nbs/60_training.ipynb #b921826d
 def concept_loss(scores: Tensor, # (B, L, V) of each word in each cell
                  tokens: Tensor, # (B*k, T) word ids of the captions
                  specials: int = 4, # The first words of the vocabulary, which are no words
@@ -330,7 +331,7 @@ class CaptionModel(nn.Module):
         if self.concepts: terms['concepts'] = self.weight*concept_loss(self.concepts(grid), batch.tokens)
         return words + sum(terms.values()), words
 
-# %% ../nbs/60_training.ipynb #e81904aa
+# %% ../nbs/60_training.ipynb #ec06825f
 def rate_factor(step: int, # Steps done so far
                 steps: int, # Steps in all
                 warmup: int, # Steps of the rise
@@ -341,7 +342,7 @@ def rate_factor(step: int, # Steps done so far
     if step < warmup: return (step + 1)/(warmup + 1)
     return 1. if schedule != 'cosine' else 0.5*(1 + math.cos(math.pi*(step - warmup)/max(1, steps - warmup)))
 
-# %% ../nbs/60_training.ipynb #862e42a8
+# %% ../nbs/60_training.ipynb #1ba0d0be
 class Ema:
     "Exponential moving average of what `model` learns"
     def __init__(self, model: nn.Module, # Parameters that need gradients, and buffers of training modules, are averaged
@@ -372,7 +373,7 @@ class Ema:
         finally:
             for n, t in self.learned(): t.copy_(mine[n])
 
-# %% ../nbs/60_training.ipynb #7c02b138
+# %% ../nbs/60_training.ipynb #36bae70c
 @dataclass
 class Machine:
     "How steps are computed, and how long a step took in each of the ways tried"
@@ -396,7 +397,7 @@ def time_step(model: CaptionModel, # Trained on nothing: gradients are thrown aw
         model.zero_grad(set_to_none=True)
     return min(times[1:])
 
-# %% ../nbs/60_training.ipynb #24441593
+# %% ../nbs/60_training.ipynb #b0b7f20f
 def choose_machine(config: Config, # `threads` and `precision`: what it fixes is not measured
                    model: CaptionModel, # Not changed
                    batch: Batch, # A typical one, on the model's device
@@ -423,7 +424,7 @@ def choose_machine(config: Config, # `threads` and `precision`: what it fixes is
     finally: torch.set_num_threads(most)
     return Machine(best[1], best[2], seconds)
 
-# %% ../nbs/60_training.ipynb #80afb6ca
+# %% ../nbs/60_training.ipynb #f42e3554
 CHECKPOINT_FILES = ('model.safetensors', 'config.json', 'vocab.json', 'preprocess.json')
 
 
@@ -458,7 +459,7 @@ def write_checkpoint(folder: str | Path, # Its final name; replaced if it exists
     shutil.rmtree(old, ignore_errors=True)
     return folder
 
-# %% ../nbs/60_training.ipynb #e5f66293
+# %% ../nbs/60_training.ipynb #2c6f8ea6
 def model_files(model: CaptionModel, vocab: Vocab, config: Config) -> dict[str, bytes]:
     "The files that make `model` usable elsewhere"
     weights = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in model.state_dict().items()}
@@ -480,7 +481,7 @@ def find_checkpoint(folder: str | Path, # A checkpoint folder, or a run folder, 
                                 'copy the whole folder again')
     return folder
 
-# %% ../nbs/60_training.ipynb #7279df35
+# %% ../nbs/60_training.ipynb #89e8d5a1
 def load_model(folder: str | Path, # A checkpoint or run folder
                ) -> tuple[CaptionModel, Vocab, Config]: # In evaluation mode, on the CPU
     "What the checkpoint in `folder` holds"
@@ -497,7 +498,7 @@ def load_model(folder: str | Path, # A checkpoint or run folder
     load_weights(decoder, part('decoder.'), str(folder/'model.safetensors'))
     return CaptionModel(encoder.freeze(), decoder.eval()), vocab, config
 
-# %% ../nbs/60_training.ipynb #1dba884b
+# %% ../nbs/60_training.ipynb #1dc890be
 def caption_images(model: CaptionModel, # On any device
                    vocab: Vocab, # Its words
                    ids: Sequence[str], # n image ids
@@ -528,7 +529,7 @@ def attention_maps(hypothesis: Hypothesis, # With attention
     if a.ndim == 3: a = a.mean(1)                                  # (T, L)
     return a[:len(hypothesis.tokens)].unflatten(-1, tuple(grid))
 
-# %% ../nbs/60_training.ipynb #0bf38e05
+# %% ../nbs/60_training.ipynb #919ff8fc
 # What may be changed when a run is continued: it does not alter what is trained
 FREE_FIELDS = {'name', 'runs_dir', 'resume', 'device', 'threads', 'cache_dir', 'features', 'beam', 'log_every', 'patience'}
 
@@ -548,7 +549,7 @@ def choose_device(name: str = 'auto', # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f'device={name!r} cannot be used here: {str(e).splitlines()[0]}') from e
 
-# %% ../nbs/60_training.ipynb #d73456ee
+# %% ../nbs/60_training.ipynb #05a8981f
 class Trainer:
     "One run: `prepare`, `fit`, `evaluate`; continues where the run folder's last checkpoint ended"
     def __init__(self, config: Config, # Checked
@@ -587,7 +588,7 @@ def read_lines(path: Path) -> list[dict]:
         except ValueError: break
     return rows
 
-# %% ../nbs/60_training.ipynb #64d80551
+# %% ../nbs/60_training.ipynb #8d2a2195
 def prepare_data(config: Config, # Fields of the data group, `image_size` and `cache_dir`
                  quiet: bool = False, # No progress bar
                  ) -> CaptionData:
@@ -632,7 +633,7 @@ def prepare_source(config: Config, data: CaptionData, encoder: Encoder, quiet: b
         if path.is_file(): return checked_store(path, data, encoder, ids, views)
     return extract(data, encoder, path, views=views, quiet=quiet)
 
-# %% ../nbs/60_training.ipynb #b9f13430
+# %% ../nbs/60_training.ipynb #1cbbd6f9
 @patch
 def prepare(self: Trainer) -> Trainer:
     "Data, vocabulary, encoder, features, model, optimiser; and the state of the last checkpoint, if there is one"
@@ -668,7 +669,7 @@ def _prepare_optimizer(self: Trainer):
     self.parameters = [p for g in groups for p in g['params']]
     self.optimizer = torch.optim.AdamW(groups, fused=self.device.type in ('cpu', 'cuda'))
 
-# %% ../nbs/60_training.ipynb #9e43aa79
+# %% ../nbs/60_training.ipynb #6116644e
 @patch
 def state(self: Trainer) -> dict:
     "All that resuming needs besides the weights"
@@ -691,7 +692,7 @@ def save(self: Trainer, name: str, # 'last' or 'best'
         files['training.pt'] = buffer.getvalue()
     return write_checkpoint(self.checkpoints/name, files)
 
-# %% ../nbs/60_training.ipynb #ccd268c6
+# %% ../nbs/60_training.ipynb #0089d40c
 @patch
 def load(self: Trainer, folder: Path, # checkpoints/last
          ):
@@ -723,7 +724,7 @@ def _check_same(self: Trainer, state: dict):
     if other: raise ConfigError(f'{self.run} cannot be continued with this configuration: {"; ".join(other)}. '
                                 'Change it back, or start a new run')
 
-# %% ../nbs/60_training.ipynb #3b712251
+# %% ../nbs/60_training.ipynb #9e1e666d
 @patch
 def train_step(self: Trainer, batch: Batch):
     "Forward, backward and update on `batch`"
@@ -771,7 +772,7 @@ def log(self: Trainer, **values):
     row = dict(step=self.step, epoch=round(self.step/len(self.batches), 4), seconds=round(self.seconds, 3)) | values
     with open(self.run/'metrics.jsonl', 'a', encoding='utf-8') as f: f.write(json.dumps(row) + '\n')
 
-# %% ../nbs/60_training.ipynb #9c61078e
+# %% ../nbs/60_training.ipynb #5a16cf45
 @patch
 def end_epoch(self: Trainer):
     "Log, score the dev split, keep the best, write the checkpoint"
@@ -802,7 +803,7 @@ def judge(self: Trainer, cider: float):
     if c.schedule == 'plateau' and self.stalled > c.plateau_patience: self.scale, self.stalled = self.scale*c.plateau_factor, 0
     self.stopped = bool(c.patience) and self.bad >= c.patience
 
-# %% ../nbs/60_training.ipynb #55b93268
+# %% ../nbs/60_training.ipynb #ad0d958b
 @patch
 def fit(self: Trainer, on_eval: Callable[[list[dict]], None] | None = None, # Called after each evaluation with the lines of metrics.jsonl
         ) -> list[dict]: # The lines of metrics.jsonl
@@ -840,7 +841,7 @@ def status(self: Trainer) -> str:
     dev = f', dev CIDEr {self.best:.3f} (epoch {self.best_epoch})' if self.best_epoch else ''
     return f'epoch {min(self.epoch + 1, self.config.epochs)}/{self.config.epochs}{loss}{dev}'
 
-# %% ../nbs/60_training.ipynb #37bbc1af
+# %% ../nbs/60_training.ipynb #ff49e4a0
 @patch
 def _sample_batch(self: Trainer) -> Batch:
     batches = iter(copy.copy(self.batches))   # a copy: the place in the order stays what it is
@@ -863,7 +864,7 @@ def _loop_settings(self: Trainer) -> Iterator[None]:
         torch.set_num_threads(threads)
         if main: signal.signal(signal.SIGINT, before)
 
-# %% ../nbs/60_training.ipynb #38a2036b
+# %% ../nbs/60_training.ipynb #c8abc621
 @dataclass
 class Explanation:
     "A caption, and where the decoder looked at each of its words"
@@ -894,7 +895,7 @@ class Captioner:
         opened = [p if isinstance(p, Image.Image) else open_image(p) for p in photos]
         return torch.stack([self.model.encoder.transform(p.convert('RGB')) for p in opened])
 
-# %% ../nbs/60_training.ipynb #91ced263
+# %% ../nbs/60_training.ipynb #b960c40a
 @patch
 def search(self: Captioner, photos: Sequence[str | Path | Image.Image], # n photos
            beam: int | None = None, # Width; None takes the configuration's
@@ -932,7 +933,7 @@ def explain(self: Captioner, photo: str | Path | Image.Image, # One photo
     seen = Image.fromarray(self.images([photo])[0].permute(1, 2, 0).numpy())
     return Explanation(seen, [self.vocab.words[i] for i in h.tokens], attention_maps(h, self.model.encoder.grid), h.score)
 
-# %% ../nbs/60_training.ipynb #33769273
+# %% ../nbs/60_training.ipynb #35f42e2a
 @dataclass
 class Evaluation:
     "Captions of a split and what they score"
@@ -951,7 +952,7 @@ class Evaluation:
         if g := self.grounding: row['grounding'] = dict(pointing=g.pointing, chance=g.chance, ratio=g.ratio, words=g.n)
         return row
 
-# %% ../nbs/60_training.ipynb #58fdae27
+# %% ../nbs/60_training.ipynb #7a67740f
 @patch
 def evaluate(self: Trainer, split: str = 'dev', # Which split
              width: int | None = None, # Beam width; None takes the configuration's
@@ -974,7 +975,7 @@ def evaluate(self: Trainer, split: str = 'dev', # Which split
     atomic_write(path, json.dumps(results, indent=1) + '\n')
     return result
 
-# %% ../nbs/60_training.ipynb #5e9f2180
+# %% ../nbs/60_training.ipynb #13fe7793
 def demo_config(**changes, # Fields to set otherwise
                 ) -> Config:
     "The configuration of the demo: 2,000 drawn scenes, a small encoder trained jointly"
@@ -983,7 +984,7 @@ def demo_config(**changes, # Fields to set otherwise
                 images_per_batch=8, lr=4e-3, encoder_lr=4e-3, clip_norm=1., eval_every=2, max_len=25)
     return Config.from_dict(demo | changes)
 
-# %% ../nbs/60_training.ipynb #44a5ef59
+# %% ../nbs/60_training.ipynb #af8ab51e
 def main(arguments: Sequence[str] | None = None) -> int:
     "`python -m caption_nb.training RUN`: train the run folder's config.json to the end and evaluate on dev"
     arguments = sys.argv[1:] if arguments is None else list(arguments)
