@@ -60,7 +60,8 @@ def run(quick: bool = False) -> list[Result]:
                 ours.append(cpu_rate(store.read, batches*(4 if quick else 8)))
                 theirs.append(cpu_rate(peer, batches[:max(1, len(batches)//share)]))
             ratios = [a/b for a, b in zip(ours[1:], theirs[1:])]
-            results.append(Result(f'features_read: {name}', statistics.median(ours[1:]), statistics.median(theirs[1:]), statistics.median(ratios),
-                                  'images/CPU-s', [min(ratios), max(ratios)], dict(images=n, L=L, D=D, batch=size, rounds=rounds)))
+            mine, peers, ratio = (statistics.median(x) for x in (ours[1:], theirs[1:], ratios))
+            results.append(Result(f'features_read: {name}', mine, peers, ratio, 'images/CPU-s', [min(ratios), max(ratios)],
+                                  dict(images=n, L=L, D=D, batch=size, rounds=rounds)))
         packed.close(); store.close()
     return results

@@ -59,8 +59,8 @@ def test_non_square_input():
     assert make_encoder('vit_tiny_patch16_224', 'random', image_size=(32, 64)).grid == (2, 4)
 
 
-@pytest.mark.parametrize('name, says', [('resnet_50', "did you mean 'resnet50"), ('scenecnn', "'scene_cnn'"), ('mobilnetv2_100', "'mobilenetv2_100'"),
-                                        ('resnet18.a1_in2k', "did you mean 'a1_in1k'")])
+@pytest.mark.parametrize('name, says', [('resnet_50', "did you mean 'resnet50"), ('scenecnn', "'scene_cnn'"),
+                                        ('mobilnetv2_100', "'mobilenetv2_100'"), ('resnet18.a1_in2k', "did you mean 'a1_in1k'")])
 def test_unknown_name_offers_the_nearest(name, says):
     with pytest.raises(ValueError, match=says): make_encoder(name)
 
@@ -75,7 +75,8 @@ def test_stage_error_lists_sizes():
 
 
 def test_argument_that_the_model_does_not_take():
-    with pytest.raises(ValueError, match='vit_tiny_patch16_224 does not take .*pad_type'): make_encoder('vit_tiny_patch16_224', 'random', pad_type='same')
+    with pytest.raises(ValueError, match='vit_tiny_patch16_224 does not take .*pad_type'):
+        make_encoder('vit_tiny_patch16_224', 'random', pad_type='same')
 
 
 def test_offline_says_what_to_do(monkeypatch, tmp_path):
@@ -177,9 +178,10 @@ def test_any_photo_gets_the_right_size(w, h, resize, crop_pct, interpolation):
 def test_crop_is_timms_own():
     timm = import_timm()
     from timm.data import create_transform
-    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 9, 3), dtype=np.uint8)).resize((180, 240), Image.Resampling.BICUBIC)
+    noise = np.random.default_rng(0).integers(0, 256, (12, 9, 3), dtype=np.uint8)
+    photo = Image.fromarray(noise).resize((180, 240), Image.Resampling.BICUBIC)
     cfg = timm.create_model('mobilenetv2_100').pretrained_cfg
-    theirs = create_transform(cfg['input_size'], mean=cfg['mean'], std=cfg['std'], crop_pct=cfg['crop_pct'], interpolation=cfg['interpolation'])(photo)
+    theirs = create_transform(cfg['input_size'], **{k: cfg[k] for k in ('mean', 'std', 'crop_pct', 'interpolation')})(photo)
     encoder = make_encoder('mobilenetv2_100', 'random')
     ours = encoder.normalise(encoder.transform(photo)[None])[0]
     assert (ours - theirs).abs().mean() < 0.04   # two grey levels: they resize, round, then cut at whole pixels; we do both at once
@@ -199,7 +201,8 @@ def test_normalise_is_the_formula():
     assert x.dtype == torch.uint8
 
 
-@pytest.mark.parametrize('kw, says', [(dict(resize='sqash'), "did you mean 'squash'"), (dict(std=(0, 1, 1)), 'above 0'), (dict(mean=(1,)), '3 numbers')])
+@pytest.mark.parametrize('kw, says', [(dict(resize='sqash'), "did you mean 'squash'"), (dict(std=(0, 1, 1)), 'above 0'),
+                                      (dict(mean=(1,)), '3 numbers')])
 def test_bad_preprocessing(kw, says):
     with pytest.raises(ValueError, match=says): make_encoder('scene_cnn', **kw)
 
@@ -236,8 +239,9 @@ def test_frozen_features_may_be_learned_from():
     for grid in (encoder.encode_batch(uint8(2, 112)), encoder(encoder.normalise(uint8(2, 112)))): layer(grid).sum().backward()
 
 
-@pytest.mark.parametrize('kw', [dict(name='scene_cnn', image_size=64), dict(name='resnet18', stage=-2, image_size=(64, 96), resize='squash'),
-                                dict(name='vit_tiny_patch16_224', image_size=64, pool=True), dict(name='mobilenetv2_050', image_size=64, pad_type='same', mean=(.5,)*3, std=(.5,)*3)])
+@pytest.mark.parametrize('kw', [dict(name='scene_cnn', image_size=64), dict(name='vit_tiny_patch16_224', image_size=64, pool=True),
+                                dict(name='resnet18', stage=-2, image_size=(64, 96), resize='squash'),
+                                dict(name='mobilenetv2_050', image_size=64, pad_type='same', mean=(.5,)*3, std=(.5,)*3)])
 def test_rebuilt_from_its_record(kw):
     encoder = make_encoder(weights='random', **kw).freeze()
     spec = json.loads(json.dumps(encoder.spec))

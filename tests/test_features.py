@@ -56,7 +56,9 @@ def whole(data, encoder, tmp_path_factory):
     return extract(data, encoder, tmp_path_factory.mktemp('whole')/'a.h5', views=('plain', 'flip'), batch_size=4, quiet=True)
 
 
-def again(data, encoder, path, **kw): return extract(data, encoder, path, **{**dict(views=('plain', 'flip'), batch_size=4, quiet=True), **kw})
+def again(data, encoder, path, **kw):
+    "Extract as `whole` was"
+    return extract(data, encoder, path, **{**dict(views=('plain', 'flip'), batch_size=4, quiet=True), **kw})
 
 
 # ---- what is in it
@@ -150,7 +152,8 @@ def test_memory_stays_flat(tmp_path):
 # ---- refusals
 
 def test_unknown_ids_and_views_are_named(whole, data, encoder, tmp_path):
-    with pytest.raises(KeyError, match="2 of the images, e.g. 'im03.png', 'x'; did you mean 'im0"): whole.read(['im000.png', 'im03.png', 'x'])
+    with pytest.raises(KeyError, match="2 of the images, e.g. 'im03.png', 'x'; did you mean 'im0"):
+        whole.read(['im000.png', 'im03.png', 'x'])
     for view in ('filp', 2, -1):
         with pytest.raises(StoreError, match='holds plain, flip'): whole.read(whole.ids[:1], view)
     with pytest.raises(KeyError, match='did you mean'): extract(data, encoder, tmp_path/'s.h5', ids=['im03.png'])
@@ -162,7 +165,8 @@ def test_unknown_ids_and_views_are_named(whole, data, encoder, tmp_path):
 
 def test_mismatching_store_is_refused_field_by_field(data, encoder, whole):
     other = small_encoder(1)
-    with pytest.raises(StoreError, match="encoder.weights_sha256 is '[0-9a-f]{64}', expected .*delete it to extract again"): again(data, other, whole.path)
+    with pytest.raises(StoreError, match="encoder.weights_sha256 is '[0-9a-f]{64}', expected .*delete it to extract again"):
+        again(data, other, whole.path)
     with pytest.raises(StoreError, match='encoder.stage is -1, expected -2; encoder.dim is 128, expected 64'):
         FeatureStore(whole.path, {'encoder': {**encoder.spec, 'stage': -2, 'dim': 64}})
     assert FeatureStore(whole.path, {'encoder': {**encoder.spec, 'weights': 'renamed.safetensors'}}).dim == 128   # the content counts
@@ -174,9 +178,11 @@ def test_mismatching_store_is_refused_field_by_field(data, encoder, whole):
 def test_other_photos_are_refused(encoder, tmp_path):
     data = photos(tmp_path/'p', 6)
     store = extract(data, encoder, tmp_path/'s.h5', ids=data.images[:4], quiet=True)
-    with pytest.raises(StoreError, match='2 images are not in it, e.g. im004.png, im005.png'): extract(data, encoder, store.path, quiet=True)
+    with pytest.raises(StoreError, match='2 images are not in it, e.g. im004.png, im005.png'):
+        extract(data, encoder, store.path, quiet=True)
     Image.new('RGB', (32, 32)).save(tmp_path/'p'/'im001.png')
-    with pytest.raises(StoreError, match='1 images have changed since, e.g. im001.png'): extract(data, encoder, store.path, data.images[:4], quiet=True)
+    with pytest.raises(StoreError, match='1 images have changed since, e.g. im001.png'):
+        extract(data, encoder, store.path, data.images[:4], quiet=True)
 
 
 def interrupt(data, encoder, path, at: int = 13, **kw):
@@ -203,7 +209,8 @@ def test_partial_store_of_something_else_is_refused(data, encoder, tmp_path):
     interrupt(data, encoder, tmp_path/'s.h5')
     with pytest.raises(StoreError, match='was begun otherwise: encoder.weights_sha256.*Continue it with the same settings, or delete'):
         again(data, small_encoder(1), tmp_path/'s.h5')
-    with pytest.raises(StoreError, match='begun otherwise: other images, or another order'): again(data, encoder, tmp_path/'s.h5', ids=data.images[::-1])
+    with pytest.raises(StoreError, match='begun otherwise: other images, or another order'):
+        again(data, encoder, tmp_path/'s.h5', ids=data.images[::-1])
     with pytest.raises(StoreError, match='begun otherwise: other images'): again(data, encoder, tmp_path/'s.h5', ids=data.images[:20])
 
 
@@ -238,7 +245,8 @@ def test_lock_of_a_dead_writer_is_no_lock(data, encoder, tmp_path):
 
 
 @pytest.mark.parametrize('damage, says', [
-    (lambda b: b[:len(b)//2], 'cannot be read as a feature store'), (lambda b: b'hello', 'cannot be read'), (lambda b: b'', 'cannot be read')])
+    (lambda b: b[:len(b)//2], 'cannot be read as a feature store'), (lambda b: b'hello', 'cannot be read'),
+    (lambda b: b'', 'cannot be read')])
 def test_damaged_store_is_refused(whole, tmp_path, damage, says):
     (tmp_path/'s.h5').write_bytes(damage(whole.path.read_bytes()))
     with pytest.raises(StoreError, match=says): FeatureStore(tmp_path/'s.h5')
@@ -294,7 +302,8 @@ def test_full_disk_is_told_before_encoding(data, encoder, whole, tmp_path, monke
     (tmp_path/'old.h5').write_bytes(whole.path.read_bytes())
     monkeypatch.setattr(os, 'posix_fallocate', full)
     monkeypatch.setattr(type(encoder), 'encode_batch', lambda *a: pytest.fail('encoded in vain'))
-    with pytest.raises(OSError, match='the disk is full: .*s.h5 needs .* GB, .* free.*make room') as e: again(data, encoder, tmp_path/'s.h5')
+    with pytest.raises(OSError, match='the disk is full: .*s.h5 needs .* GB, .* free.*make room') as e:
+        again(data, encoder, tmp_path/'s.h5')
     assert e.value.errno == errno.ENOSPC and sha256_file(tmp_path/'old.h5') == sha256_file(whole.path)
     monkeypatch.undo()
     assert sha256_file(again(data, encoder, tmp_path/'s.h5').path) == sha256_file(whole.path)
@@ -316,7 +325,8 @@ def test_full_disk_in_the_middle_loses_nothing(data, encoder, whole, tmp_path, m
 @pytest.mark.skipif(os.name == 'nt' or os.geteuid() != 0, reason='mounting a small file system takes root')
 def test_really_full_disk(data, encoder, whole, tmp_path):
     small = tmp_path/'small'; small.mkdir()
-    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=88k', 'none', str(small)], capture_output=True).returncode: pytest.skip('mounting is not allowed here')
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=88k', 'none', str(small)]
+    if subprocess.run(mount, capture_output=True).returncode: pytest.skip('mounting is not allowed here')
     try:
         ids = data.images[:10]   # 20 kB
         before = sha256_file(extract(data, encoder, small/'old.h5', ids=ids, batch_size=4, quiet=True).path)
@@ -357,7 +367,8 @@ KILLED = '''
                         if count == at: os.kill(os.getpid(), 9)
                         return real(*args, **kw)
                     return call
-                for name in ('pwrite', 'fsync', 'replace', 'open', 'posix_fallocate', 'ftruncate'): setattr(os, name, dying(getattr(os, name)))
+                for name in ('pwrite', 'fsync', 'replace', 'open', 'posix_fallocate', 'ftruncate'):
+                    setattr(os, name, dying(getattr(os, name)))
             again(data, small_encoder(), path); os._exit(0)
         except BaseException:
             import traceback; traceback.print_exc(); os._exit(1)
@@ -394,7 +405,8 @@ EVERY = KILLED + '''
 def run(code: str, folder: Path, n: int) -> str:
     photos(folder/'photos', n)
     code = textwrap.dedent(code).format(tests=str(Path(__file__).parent), folder=str(folder), seed=random.randrange(10**6))
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, code[:600] + done.stderr[-3000:]
     return done.stdout
 
@@ -416,7 +428,8 @@ def test_store_path_follows_the_content(data, encoder, tmp_path):
     assert path == default_store_path(data, make_encoder('scene_cnn', 'random', image_size=32), root=tmp_path)
     assert path.parent == tmp_path and path.name.startswith('noise-scene_cnn-') and path.suffix == '.h5'
     others = [default_store_path(data, small_encoder(1), root=tmp_path), default_store_path(data, encoder, ('plain', 'flip'), tmp_path),
-              default_store_path(data, encoder, root=tmp_path, precision='bf16'), default_store_path(data.subset(10, 0), encoder, root=tmp_path)]
+              default_store_path(data, encoder, root=tmp_path, precision='bf16'),
+              default_store_path(data.subset(10, 0), encoder, root=tmp_path)]
     assert len({path, *others}) == 5
     data2 = _as(CaptionData, data); data2.name = '../a b/ü'
     assert default_store_path(data2, encoder, root=tmp_path).parent == tmp_path
