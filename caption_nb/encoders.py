@@ -11,6 +11,7 @@ import importlib
 import json
 import math
 import sys
+import warnings
 import time
 import urllib.error
 import urllib.request
@@ -34,7 +35,10 @@ __all__ = ['PRECISIONS', 'import_timm', 'Preprocess', 'conv_block', 'SceneCNN', 
 # %% ../nbs/20_encoders.ipynb #d7680e9b
 def import_timm():
     "The `timm` module, imported late because it takes seconds, and with a mismatched torchvision repaired"
-    try: return importlib.import_module('timm')
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', message='IProgress not found')   # tqdm's, about bars that nobody here draws
+            return importlib.import_module('timm')
     except RuntimeError as e:
         if 'torchvision::' not in str(e): raise
     for name in [m for m in sys.modules if m.split('.')[0] in ('timm', 'torchvision')]: del sys.modules[name]  # half imported
