@@ -178,9 +178,9 @@ def defined_names(source: str, private: bool = False) -> list[str]:
 
 
 def only_imports(source: str) -> bool:
-    "True for a cell with nothing but imports (and `__future__`)"
+    "True for a cell with nothing but imports, those for type checkers included"
     body = ast.parse(re.sub(r'^\s*[%!].*$', '', source, flags=re.M)).body
-    return all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in body)
+    return all(isinstance(node, (ast.Import, ast.ImportFrom)) or ast.unparse(node).startswith('if TYPE_CHECKING:') for node in body)
 
 
 def link_names(text: str, symbols: dict[str, str], here: str = '') -> str:

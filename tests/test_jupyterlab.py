@@ -72,15 +72,27 @@ def open_notebook(page, lab, name: str):
     page.wait_for_selector('.jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook .jp-Cell', timeout=60_000)
 
 
+def ask(lab, path: str, method: str = 'GET'):
+    "JupyterLab's answer to a request of its REST interface"
+    request = urllib.request.Request(f'{lab[0]}/api/{path}', method=method, headers={'Authorization': f'token {lab[1]}'})
+    with urllib.request.urlopen(request, timeout=30) as answer: return json.loads(answer.read() or 'null')
+
+
 @pytest.fixture(autouse=True)
 def end_kernels(lab):
     "One kernel at a time: each is a process with torch in it"
     yield
-    address, token, _ = lab
-    def ask(path, method='GET'):
-        request = urllib.request.Request(f'{address}/api/{path}', method=method, headers={'Authorization': f'token {token}'})
-        with urllib.request.urlopen(request, timeout=20) as answer: return answer.read()
-    for session in json.loads(ask('sessions')): ask(f'sessions/{session["id"]}', 'DELETE')
+    for session in ask(lab, 'sessions'): ask(lab, f'sessions/{session["id"]}', 'DELETE')
+
+
+def wait_for_kernel(page, lab, name: str):
+    "Until the kernel of notebook `name` idles and the page talks to it: before that, Run All asks for a kernel instead"
+    deadline, kernels = time.time() + 120, []
+    while time.time() < deadline:
+        kernels = [s['kernel'] for s in ask(lab, 'sessions') if s['path'] == name]
+        if any(k['connections'] and k['execution_state'] == 'idle' for k in kernels): return page.wait_for_timeout(1000)
+        page.wait_for_timeout(500)
+    pytest.fail(f'the kernel of {name} did not start: {kernels}')
 
 
 @pytest.mark.parametrize('name', NOTEBOOKS)
@@ -102,12 +114,14 @@ def test_notebook_runs_through(page, lab):
         if cell.cell_type == 'code': cell.outputs, cell.execution_count = [], None
     nbformat.write(before, path)
     open_notebook(page, lab, name)
-    page.wait_for_selector('.jp-NotebookPanel-toolbar [data-status="idle"], .jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=60_000)
+    wait_for_kernel(page, lab, name)
     page.click('.lm-MenuBar-itemLabel:text-is("Run")')
     page.click('.lm-Menu-itemLabel:text-is("Run All Cells")')
     code = [c for c in before.cells if c.cell_type == 'code' and c.source.strip()]
-    deadline = time.time() + 120
+    deadline = time.time() + 240
     while time.time() < deadline:   # what counts is what is saved, not what the window happens to show
+        dialog = page.locator('.jp-Dialog')
+        assert not dialog.count(), dialog.first.inner_text()
         page.keyboard.press('Control+s')
         page.wait_for_timeout(1500)
         try: after = nbformat.read(path, 4)

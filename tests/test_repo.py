@@ -131,7 +131,7 @@ def test_module_notebook_teaches(path):
         lines = sum(bool(line.strip()) for line in cell.source.splitlines()) - 1
         assert lines <= 45, f'an exported cell of {lines} lines:\n{cell.source[:200]}'
         body = ast.parse(cell.source).body
-        imports = [n for n in body if isinstance(n, (ast.Import, ast.ImportFrom))]
+        imports = [n for n in body if isinstance(n, (ast.Import, ast.ImportFrom)) or ast.unparse(n).startswith('if TYPE_CHECKING:')]
         assert not imports or len(imports) == len(body), f'imports and other code in one cell:\n{cell.source[:200]}'
 
 
@@ -180,7 +180,7 @@ def test_public_symbols_are_documented(name):
 
 def test_nothing_private_is_in_the_project(clone):
     "No home folders, no names of machines, nothing of the developers' folder except in tests"
-    home = re.compile(r'/(?:home|Users)/[a-z][\w.-]*/|/root/|/work/|/tmp/[a-z0-9_]+/')
+    home = re.compile(r'/(?:home|Users)/[a-z][\w.-]*/|/root/|/work/')
     beside = re.compile(r'\.\./shared')
     for path in sorted(clone.rglob('*')):
         name = path.relative_to(clone).as_posix()
