@@ -11,10 +11,10 @@ import importlib
 import json
 import math
 import sys
-import warnings
 import time
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
