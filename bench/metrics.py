@@ -9,7 +9,7 @@ from bench.common import Result, compare
 
 
 def captions(images: int, seed: int = 0) -> tuple[dict, dict]:
-    "Random captions with the statistics of real ones: 10.5 words on average, few words frequent, hypotheses that share runs with references"
+    "Random captions like real ones: 10.5 words on average, few words frequent, the captions of an image share runs of words"
     rng = random.Random(seed)
     words = [f'w{i}' for i in range(4000)]
     weights = [1/(i + 5) for i in range(len(words))]
