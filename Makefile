@@ -1,6 +1,5 @@
 # caption_nb: `make demo` is the place to start; `make help` lists the rest.
-# PYTHON picks the interpreter, VENV the environment's folder, PIP_FLAGS goes to pip,
-# e.g. on a Linux machine without a GPU: make demo PIP_FLAGS='--extra-index-url https://download.pytorch.org/whl/cpu'
+# PYTHON picks the interpreter, VENV the environment's folder, PIP_FLAGS goes to pip.
 PYTHON    ?= $(shell for p in python3.11 python3.12 python3.10 python3; do $$p -c '' 2>/dev/null && { command -v $$p; break; }; done)
 VENV      ?= .venv
 PIP_FLAGS ?=
