@@ -18,7 +18,7 @@ def main() -> int:
     parser.add_argument('name', nargs='*', help='which to run')
     parser.add_argument('--all', action='store_true', help='run every benchmark')
     parser.add_argument('--quick', action='store_true', help='small sizes, few rounds: shows that it works, not how fast')
-    parser.add_argument('--json', action='store_true', help='print each result once more as a line of JSON')
+    parser.add_argument('--json', action='store_true', help="end each benchmark with one line of JSON: its first row, and the rest under 'more'")
     parser.add_argument('--threads', type=int, default=1, help='CPU threads for torch and BLAS (default 1: captions per CPU-second)')
     args = parser.parse_args()
     chosen = names() if args.all else args.name
@@ -26,13 +26,12 @@ def main() -> int:
     if unknown or not chosen: parser.error(f'{"unknown: " + ", ".join(unknown) if unknown else "name a benchmark"}; there are {", ".join(names())}')
     for var in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'): os.environ[var] = str(args.threads)
     import torch   # after the thread variables, which are read at import
-    from bench.common import table
+    from bench.common import json_line, table
     torch.set_num_threads(args.threads)
     for name in chosen:
         results = importlib.import_module(f'bench.{name}').run(quick=args.quick)
         print(table(results), flush=True)
-        if args.json:
-            for r in results: print(r.json(), flush=True)
+        if args.json: print(json_line(results), flush=True)
     return 0
 
 

@@ -22,7 +22,11 @@ class Result:
     spread: list[float]                 # [lowest, highest] ratio over the rounds
     sizes: dict = field(default_factory=dict)
 
-    def json(self) -> str: return json.dumps(asdict(self))
+
+def json_line(results: list[Result]) -> str:
+    "One line of JSON: the first of `results`, with the others as a list under 'more'"
+    first, *more = map(asdict, results)
+    return json.dumps(first | {'more': more})
 
 
 def compare(name: str, ours: Callable[[], object], peer: Callable[[], object], count: float, unit: str, *,
