@@ -309,7 +309,8 @@ def make_run_page(run: Path, source: Path):
     "Copy the executed notebook of `run`, and the pictures that it links to, as the page `run`"
     path = run_notebook(run)
     notebook = nbformat.read(path, 4)
-    hide = {str(path.parent.resolve()): '…', str(ROOT): '…', str(Path.home()): '~'}
+    folder = path.parent.resolve()
+    hide = {str(folder): f'papermill_runs/{folder.name}', str(folder.parent): 'papermill_runs', str(ROOT): '…', str(Path.home()): '~'}
     for cell in notebook.cells:
         cell.metadata = NotebookNode({k: v for k, v in cell.metadata.items() if k == 'tags'})
         if cell.cell_type != 'code':
