@@ -8,11 +8,11 @@ __all__ = ['DECODER_OPTIONS', 'DECODERS', 'CHECKPOINT_FILES', 'FREE_FIELDS', 'op
            'Config', 'typed', 'field_faults', 'channel_values', 'combination_faults', 'FieldHelp', 'config_help',
            'make_decoder', 'concept_loss', 'CaptionModel', 'rate_factor', 'Ema', 'Machine', 'time_step',
            'choose_machine', 'recover_checkpoint', 'write_checkpoint', 'model_files', 'find_checkpoint', 'load_model',
-           'caption_images', 'attention_maps', 'default_cache', 'choose_device', 'Trainer', 'read_lines',
-           'prepare_data', 'prepare_encoder', 'checked_store', 'prepare_source', 'Explanation', 'Captioner',
-           'Evaluation', 'demo_config', 'main']
+           'caption_images', 'attention_maps', 'default_cache', 'choose_device', 'Trainer', 'prepare_data',
+           'prepare_encoder', 'checked_store', 'prepare_source', 'Explanation', 'Captioner', 'Evaluation',
+           'demo_config', 'main']
 
-# %% ../nbs/60_training.ipynb #c808b239
+# %% ../nbs/60_training.ipynb #3862c9a2
 import copy
 import dataclasses
 import errno
@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attention import AttentionLSTM
-from .basics import atomic_write, nearest, sync_folder, track
+from .basics import atomic_write, nearest, read_json_lines, sync_folder, track
 from .batches import Batch, CaptionBatches, EvalBatches, ImageSource
 from .data import CaptionData, load_data, open_image
 from .decoder import Decoder, dropout
@@ -52,7 +52,7 @@ from .metrics import Scores, score
 from .scenes import Grounding, grounding, make_scenes
 from .text import Vocab
 
-# %% ../nbs/60_training.ipynb #6fdb801d
+# %% ../nbs/60_training.ipynb #2a1cc7da
 def option(group: str, # Heading under which the field is shown
            default: str | int | float | bool, # Its type is the field's type
            help: str, # Meaning, and unit where there is one
@@ -63,7 +63,7 @@ def option(group: str, # Heading under which the field is shown
     "A dataclass field with its `help` and the limits that `Config.validate` checks"
     return dataclasses.field(default=default, metadata=dict(group=group, help=help, choices=tuple(choices), low=low, high=high))
 
-# %% ../nbs/60_training.ipynb #22207615
+# %% ../nbs/60_training.ipynb #bc0f97ee
 @dataclass
 class DataOptions:
     "What to learn from"
@@ -76,7 +76,7 @@ class DataOptions:
     tokenizer: str = option('data', 'ptb', 'what cuts captions into words', choices=('ptb', 'spacy', 'nltk', 'whitespace'))
     max_words: int = option('data', 40, 'longer training captions are cut; words', low=1)
 
-# %% ../nbs/60_training.ipynb #45ef9fdc
+# %% ../nbs/60_training.ipynb #d2754f51
 @dataclass
 class EncoderOptions:
     "What sees the picture"
@@ -92,7 +92,7 @@ class EncoderOptions:
     flip: bool = option('encoder', False, 'train on mirrored images too, except where a caption says left or right')
     cache_dir: str = option('encoder', '', 'folder for features and drawn scenes; empty is ~/.cache/caption_nb')
 
-# %% ../nbs/60_training.ipynb #eff1c591
+# %% ../nbs/60_training.ipynb #e23bc331
 @dataclass
 class DecoderOptions:
     "What writes the words"
@@ -117,7 +117,7 @@ class DecodingOptions:
     length_norm: float = option('decoding', 1.0, 'a caption scores its log-probability divided by length to this power', low=0)
     ban_unk: bool = option('decoding', True, 'never write the unknown word')
 
-# %% ../nbs/60_training.ipynb #194239a6
+# %% ../nbs/60_training.ipynb #c4e75a2e
 @dataclass
 class TrainingOptions:
     "How the weights are found"
@@ -143,7 +143,7 @@ class TrainingOptions:
     log_every: int = option('training', 50, 'steps between lines of metrics.jsonl', low=1)
     seed: int = option('training', 0, 'seed of weights, order of batches, dropout', low=0)
 
-# %% ../nbs/60_training.ipynb #f4872086
+# %% ../nbs/60_training.ipynb #7c52db5b
 @dataclass
 class MachineOptions:
     "Where it runs"
@@ -159,11 +159,11 @@ class RecordOptions:
     runs_dir: str = option('record', 'papermill_runs', 'folder that holds the run folders')
     resume: str = option('record', '', 'run folder to continue')
 
-# %% ../nbs/60_training.ipynb #30f35a53
+# %% ../nbs/60_training.ipynb #d930d433
 class ConfigError(ValueError):
     "A field of `Config` has a name, a type or a value that cannot be"
 
-# %% ../nbs/60_training.ipynb #ed969998
+# %% ../nbs/60_training.ipynb #0bc35224
 @dataclass
 class Config(RecordOptions, MachineOptions, DecodingOptions, TrainingOptions, DecoderOptions, EncoderOptions, DataOptions):
     "All that defines a run; one flat set of fields, see `Config.help`"
@@ -203,7 +203,7 @@ class Config(RecordOptions, MachineOptions, DecodingOptions, TrainingOptions, De
         if faults: raise ConfigError('\n'.join(faults))
         return self
 
-# %% ../nbs/60_training.ipynb #e85aef36
+# %% ../nbs/60_training.ipynb #5a7ca18c
 def typed(name: str, # Field, for the message
           value, # What was given
           kind: type, # What is wanted: str, int, float or bool
@@ -227,7 +227,7 @@ def field_faults(f: dataclasses.Field, value) -> list[str]:
     if limits['high'] is not None and value > limits['high']: return [f'{f.name}={value!r}: must be at most {limits["high"]}']
     return []
 
-# %% ../nbs/60_training.ipynb #2fb08fb5
+# %% ../nbs/60_training.ipynb #336b1a3c
 def channel_values(text: str, # '' or '0.5' or '0.485,0.456,0.406'
                    ) -> tuple[float, float, float] | None: # None if empty
     "One number per colour channel from `text`"
@@ -236,13 +236,13 @@ def channel_values(text: str, # '' or '0.5' or '0.485,0.456,0.406'
     if len(values) not in (1, 3): raise ValueError(f'{text!r}: one number or three, separated by commas')
     return values if len(values) == 3 else values*3
 
-# %% ../nbs/60_training.ipynb #00be5062
+# %% ../nbs/60_training.ipynb #9a3c684d
 # Which fields of the decoder group each decoder takes, and under which name of its constructor
 DECODER_OPTIONS = {
     'attention_lstm': dict(embed_dim='embed_dim', hidden_dim='hidden_dim', attention_dim='attention_dim', attention='score', gate='gate',
                            deep_output='deep_output', dropout='dropout', feature_norm='norm', doubly_stochastic='doubly_stochastic')}
 
-# %% ../nbs/60_training.ipynb #3e12ea3d
+# %% ../nbs/60_training.ipynb #84256ab8
 def combination_faults(config: Config) -> list[str]:
     "What is wrong with values that are each possible, but not together"
     c, faults = config, []
@@ -265,7 +265,7 @@ def combination_faults(config: Config) -> list[str]:
         if getattr(c, name) == 0: faults.append(f'{name}=0.0: must be more than 0')
     return faults
 
-# %% ../nbs/60_training.ipynb #1b3e968b
+# %% ../nbs/60_training.ipynb #a69b2f32
 @dataclass
 class FieldHelp:
     "One line of `config_help`"
@@ -278,7 +278,7 @@ def config_help() -> list[FieldHelp]:
                       f.metadata['help'] + (f'; one of {", ".join(map(repr, c))}' if (c := f.metadata['choices']) else ''))
             for f in dataclasses.fields(Config)]
 
-# %% ../nbs/60_training.ipynb #0c6ec57d
+# %% ../nbs/60_training.ipynb #bd8608e8
 # Every decoder there is: add its class here and its options to DECODER_OPTIONS
 DECODERS = {'attention_lstm': AttentionLSTM}
 
@@ -292,7 +292,7 @@ def make_decoder(config: Config, # Which decoder, and its options
     if 'score' in options: options['score'] = options['score'].removeprefix('additive_')
     return DECODERS[config.decoder](len(vocab), encoder.dim, pad_id=vocab.pad_id, **options)
 
-# %% ../nbs/60_training.ipynb #e80fb337
+# %% ../nbs/60_training.ipynb #186012e4
 def concept_loss(scores: Tensor, # (B, L, V) of each word in each cell
                  tokens: Tensor, # (B*k, T) word ids of the captions
                  specials: int = 4, # The first words of the vocabulary, which are no words
@@ -303,7 +303,7 @@ def concept_loss(scores: Tensor, # (B, L, V) of each word in each cell
     found = scores.float().logsumexp(1) - math.log(L)
     return F.binary_cross_entropy_with_logits(found[:, specials:], there[:, specials:])
 
-# %% ../nbs/60_training.ipynb #a4f9b7d0
+# %% ../nbs/60_training.ipynb #31250ec8
 class CaptionModel(nn.Module):
     "An encoder and a decoder: from pixels or stored features to the loss of captions"
     def __init__(self, encoder: Encoder, decoder: Decoder,
@@ -334,7 +334,7 @@ class CaptionModel(nn.Module):
         if self.concepts: terms['concepts'] = self.weight*concept_loss(self.concepts(grid), batch.tokens)
         return words + sum(terms.values()), words
 
-# %% ../nbs/60_training.ipynb #ad9b4e0c
+# %% ../nbs/60_training.ipynb #9fdd4e1d
 def rate_factor(step: int, # Steps done so far
                 steps: int, # Steps in all
                 warmup: int, # Steps of the rise
@@ -345,7 +345,7 @@ def rate_factor(step: int, # Steps done so far
     if step < warmup: return (step + 1)/(warmup + 1)
     return 1. if schedule != 'cosine' else 0.5*(1 + math.cos(math.pi*(step - warmup)/max(1, steps - warmup)))
 
-# %% ../nbs/60_training.ipynb #49ec18b4
+# %% ../nbs/60_training.ipynb #0c6761ef
 class Ema:
     "Exponential moving average of what `model` learns"
     def __init__(self, model: nn.Module, # Parameters that need gradients, and buffers of training modules, are averaged
@@ -376,7 +376,7 @@ class Ema:
         finally:
             for n, t in self.learned(): t.copy_(mine[n])
 
-# %% ../nbs/60_training.ipynb #6c973fcb
+# %% ../nbs/60_training.ipynb #24279571
 @dataclass
 class Machine:
     "How steps are computed, and how long a step took in each of the ways tried"
@@ -400,7 +400,7 @@ def time_step(model: CaptionModel, # Trained on nothing: gradients are thrown aw
         model.zero_grad(set_to_none=True)
     return min(times[1:])
 
-# %% ../nbs/60_training.ipynb #65524b98
+# %% ../nbs/60_training.ipynb #7f170cd6
 def choose_machine(config: Config, # `threads` and `precision`: what it fixes is not measured
                    model: CaptionModel, # Not changed
                    batch: Batch, # A typical one, on the model's device
@@ -427,7 +427,7 @@ def choose_machine(config: Config, # `threads` and `precision`: what it fixes is
     finally: torch.set_num_threads(most)
     return Machine(best[1], best[2], seconds)
 
-# %% ../nbs/60_training.ipynb #e5093824
+# %% ../nbs/60_training.ipynb #9590d7c2
 CHECKPOINT_FILES = ('model.safetensors', 'config.json', 'vocab.json', 'preprocess.json')
 
 
@@ -439,7 +439,7 @@ def recover_checkpoint(folder: str | Path) -> Path:
     for rest in (old, new): shutil.rmtree(rest, ignore_errors=True)
     return folder
 
-# %% ../nbs/60_training.ipynb #c86de272
+# %% ../nbs/60_training.ipynb #8e828281
 def write_checkpoint(folder: str | Path, # Its final name; replaced if it exists
                      files: dict[str, bytes], # File name → content
                      ) -> Path: # The same folder
@@ -462,7 +462,7 @@ def write_checkpoint(folder: str | Path, # Its final name; replaced if it exists
     shutil.rmtree(old, ignore_errors=True)
     return folder
 
-# %% ../nbs/60_training.ipynb #05737a0b
+# %% ../nbs/60_training.ipynb #8b41c78f
 def model_files(model: CaptionModel, vocab: Vocab, config: Config) -> dict[str, bytes]:
     "The files that make `model` usable elsewhere"
     weights = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in model.state_dict().items()}
@@ -484,7 +484,7 @@ def find_checkpoint(folder: str | Path, # A checkpoint folder, or a run folder, 
                                 'copy the whole folder again')
     return folder
 
-# %% ../nbs/60_training.ipynb #637d1ed9
+# %% ../nbs/60_training.ipynb #d99a82fc
 def load_model(folder: str | Path, # A checkpoint or run folder
                ) -> tuple[CaptionModel, Vocab, Config]: # In evaluation mode, on the CPU
     "What the checkpoint in `folder` holds"
@@ -501,7 +501,7 @@ def load_model(folder: str | Path, # A checkpoint or run folder
     load_weights(decoder, part('decoder.'), str(folder/'model.safetensors'))
     return CaptionModel(encoder.freeze(), decoder.eval()), vocab, config
 
-# %% ../nbs/60_training.ipynb #c8fc6095
+# %% ../nbs/60_training.ipynb #b5617cf7
 def caption_images(model: CaptionModel, # On any device
                    vocab: Vocab, # Its words
                    ids: Sequence[str], # n image ids
@@ -522,7 +522,7 @@ def caption_images(model: CaptionModel, # On any device
         found.update((id, hypotheses[0]) for id, hypotheses in zip(batch.ids, best))
     return found
 
-# %% ../nbs/60_training.ipynb #f6e222d7
+# %% ../nbs/60_training.ipynb #40f540c4
 def attention_maps(hypothesis: Hypothesis, # With attention
                    grid: tuple[int, int], # (gh, gw)
                    ) -> Tensor | None: # (T, gh, gw), or None if the decoder does not attend
@@ -532,7 +532,7 @@ def attention_maps(hypothesis: Hypothesis, # With attention
     if a.ndim == 3: a = a.mean(1)                                  # (T, L)
     return a[:len(hypothesis.tokens)].unflatten(-1, tuple(grid))
 
-# %% ../nbs/60_training.ipynb #55f2f4cf
+# %% ../nbs/60_training.ipynb #55f361d6
 # What may be changed when a run is continued: it does not alter what is trained
 FREE_FIELDS = {'name', 'runs_dir', 'resume', 'device', 'threads', 'cache_dir', 'features', 'beam', 'log_every', 'patience'}
 
@@ -552,7 +552,7 @@ def choose_device(name: str = 'auto', # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f'device={name!r} cannot be used here: {str(e).splitlines()[0]}') from e
 
-# %% ../nbs/60_training.ipynb #5794255b
+# %% ../nbs/60_training.ipynb #65a7dd3c
 class Trainer:
     "One run: `prepare`, `fit`, `evaluate`; continues where the run folder's last checkpoint ended"
     def __init__(self, config: Config, # Checked
@@ -575,23 +575,17 @@ class Trainer:
     @property
     def history(self) -> list[dict]:
         "The lines of metrics.jsonl"
-        return read_lines(self.run/'metrics.jsonl')
+        return read_json_lines(self.run/'metrics.jsonl')
 
     @property
     def steps(self) -> int:
         "Steps in all"
         return self.config.epochs*len(self.batches)
 
-# %% ../nbs/60_training.ipynb #3abc61c5
-def read_lines(path: Path) -> list[dict]:
-    "The rows of a JSON-lines file; a last line that a kill cut off is left out"
-    rows = []
-    for line in path.read_text(encoding='utf-8').splitlines() if path.exists() else ():
-        try: rows.append(json.loads(line))
-        except ValueError: break
-    return rows
+# %% ../nbs/60_training.ipynb #0e7b1d24
+#| export
 
-# %% ../nbs/60_training.ipynb #0810c3c7
+# %% ../nbs/60_training.ipynb #cae6791d
 def prepare_data(config: Config, # Fields of the data group, `image_size` and `cache_dir`
                  quiet: bool = False, # No progress bar
                  ) -> CaptionData:
@@ -613,7 +607,7 @@ def prepare_encoder(config: Config) -> Encoder:
                            pad_type=c.encoder_pad_type or None, mean=channel_values(c.encoder_mean), std=channel_values(c.encoder_std))
     return encoder if c.encoder == 'scene_cnn' else encoder.freeze()
 
-# %% ../nbs/60_training.ipynb #920db356
+# %% ../nbs/60_training.ipynb #8c863c06
 def checked_store(path: Path, data: CaptionData, encoder: Encoder, ids: Sequence[str], views: Sequence[str]) -> FeatureStore:
     "The store at `path`, refused unless it has the `views` of all `ids` by this `encoder`; it may hold more"
     store = FeatureStore(path, expect=dict(encoder=encoder.spec))
@@ -636,7 +630,7 @@ def prepare_source(config: Config, data: CaptionData, encoder: Encoder, quiet: b
         if path.is_file(): return checked_store(path, data, encoder, ids, views)
     return extract(data, encoder, path, views=views, quiet=quiet)
 
-# %% ../nbs/60_training.ipynb #0daffb52
+# %% ../nbs/60_training.ipynb #393a0376
 @patch
 def prepare(self: Trainer) -> Trainer:
     "Data, vocabulary, encoder, features, model, optimiser; and the state of the last checkpoint, if there is one"
@@ -658,10 +652,12 @@ def prepare(self: Trainer) -> Trainer:
     self.machine = None
     self.run.mkdir(parents=True, exist_ok=True)
     if last.exists(): self.load(last)
-    elif not (self.run/'config.json').exists(): atomic_write(self.run/'config.json', c.to_json())
+    else:
+        (self.run/'metrics.jsonl').unlink(missing_ok=True)   # of an attempt killed before its first checkpoint: all of it happens again
+        if not (self.run/'config.json').exists(): atomic_write(self.run/'config.json', c.to_json())
     return self
 
-# %% ../nbs/60_training.ipynb #468ac80f
+# %% ../nbs/60_training.ipynb #eff393ee
 @patch
 def _prepare_optimizer(self: Trainer):
     groups, c = [], self.config
@@ -672,7 +668,7 @@ def _prepare_optimizer(self: Trainer):
     self.parameters = [p for g in groups for p in g['params']]
     self.optimizer = torch.optim.AdamW(groups, fused=self.device.type in ('cpu', 'cuda'))
 
-# %% ../nbs/60_training.ipynb #9fdee94c
+# %% ../nbs/60_training.ipynb #28855c66
 @patch
 def state(self: Trainer) -> dict:
     "All that resuming needs besides the weights"
@@ -695,7 +691,7 @@ def save(self: Trainer, name: str, # 'last' or 'best'
         files['training.pt'] = buffer.getvalue()
     return write_checkpoint(self.checkpoints/name, files)
 
-# %% ../nbs/60_training.ipynb #78493227
+# %% ../nbs/60_training.ipynb #c963763b
 @patch
 def load(self: Trainer, folder: Path, # checkpoints/last
          ):
@@ -717,7 +713,7 @@ def load(self: Trainer, folder: Path, # checkpoints/last
     kept = [row for row in self.history if row['step'] <= self.step]   # what was logged after this checkpoint happens again
     atomic_write(self.run/'metrics.jsonl', ''.join(json.dumps(row) + '\n' for row in kept))
 
-# %% ../nbs/60_training.ipynb #adddfc2b
+# %% ../nbs/60_training.ipynb #585d2580
 @patch
 def _check_same(self: Trainer, state: dict):
     now, free = self.config.to_dict(), FREE_FIELDS | ({'epochs'} if self.config.schedule != 'cosine' else set())
@@ -727,7 +723,7 @@ def _check_same(self: Trainer, state: dict):
     if other: raise ConfigError(f'{self.run} cannot be continued with this configuration: {"; ".join(other)}. '
                                 'Change it back, or start a new run')
 
-# %% ../nbs/60_training.ipynb #509264db
+# %% ../nbs/60_training.ipynb #678d5780
 @patch
 def train_step(self: Trainer, batch: Batch):
     "Forward, backward and update on `batch`"
@@ -749,7 +745,7 @@ def train_step(self: Trainer, batch: Batch):
     self.tick = now
     if self.step % c.log_every == 0: self.log_steps()
 
-# %% ../nbs/60_training.ipynb #1b25c9b2
+# %% ../nbs/60_training.ipynb #9a3b5e44
 @patch
 def _check_finite(self: Trainer, loss: float, step: int):
     if not math.isfinite(loss):
@@ -775,7 +771,7 @@ def log(self: Trainer, **values):
     row = dict(step=self.step, epoch=round(self.step/len(self.batches), 4), seconds=round(self.seconds, 3)) | values
     with open(self.run/'metrics.jsonl', 'a', encoding='utf-8') as f: f.write(json.dumps(row) + '\n')
 
-# %% ../nbs/60_training.ipynb #e1586619
+# %% ../nbs/60_training.ipynb #9009a30b
 @patch
 def end_epoch(self: Trainer):
     "Log, score the dev split, keep the best, write the checkpoint"
@@ -796,7 +792,7 @@ def end_epoch(self: Trainer):
             if self.best_epoch == self.epoch: self.save('best')
     self.save('last')
 
-# %% ../nbs/60_training.ipynb #2cae0a60
+# %% ../nbs/60_training.ipynb #f637f956
 @patch
 def judge(self: Trainer, cider: float):
     "Is `cider` the best dev score so far? If not for long: lower the learning rate (plateau), or stop"
@@ -806,7 +802,7 @@ def judge(self: Trainer, cider: float):
     if c.schedule == 'plateau' and self.stalled > c.plateau_patience: self.scale, self.stalled = self.scale*c.plateau_factor, 0
     self.stopped = bool(c.patience) and self.bad >= c.patience
 
-# %% ../nbs/60_training.ipynb #d5d98abf
+# %% ../nbs/60_training.ipynb #d95fae6d
 @patch
 def fit(self: Trainer, on_eval: Callable[[list[dict]], None] | None = None, # Called after each evaluation with the lines of metrics.jsonl
         ) -> list[dict]: # The lines of metrics.jsonl
@@ -825,7 +821,7 @@ def fit(self: Trainer, on_eval: Callable[[list[dict]], None] | None = None, # Ca
         if self.interrupted: raise KeyboardInterrupt('stopped at the end of the training, all of it is saved')
     return self.history
 
-# %% ../nbs/60_training.ipynb #5513bdb2
+# %% ../nbs/60_training.ipynb #57afb7fb
 @patch
 def _epochs(self: Trainer, on_eval: Callable | None) -> Iterator[Batch]:
     while self.epoch < self.config.epochs and not self.stopped:
@@ -844,7 +840,7 @@ def status(self: Trainer) -> str:
     dev = f', dev CIDEr {self.best:.3f} (epoch {self.best_epoch})' if self.best_epoch else ''
     return f'epoch {min(self.epoch + 1, self.config.epochs)}/{self.config.epochs}{loss}{dev}'
 
-# %% ../nbs/60_training.ipynb #5eda64cb
+# %% ../nbs/60_training.ipynb #88c9a40a
 @patch
 def _sample_batch(self: Trainer) -> Batch:
     batches = iter(copy.copy(self.batches))   # a copy: the place in the order stays what it is
@@ -867,7 +863,7 @@ def _loop_settings(self: Trainer) -> Iterator[None]:
         torch.set_num_threads(threads)
         if main: signal.signal(signal.SIGINT, before)
 
-# %% ../nbs/60_training.ipynb #12bcc9b5
+# %% ../nbs/60_training.ipynb #c8a869e9
 @dataclass
 class Explanation:
     "A caption, and where the decoder looked at each of its words"
@@ -879,7 +875,7 @@ class Explanation:
     @property
     def caption(self) -> str: return ' '.join(self.words)
 
-# %% ../nbs/60_training.ipynb #03387921
+# %% ../nbs/60_training.ipynb #b01b285c
 class Captioner:
     "A trained model that captions images: `Captioner.load(folder).caption('photo.jpg')`"
     def __init__(self, model: CaptionModel, vocab: Vocab, config: Config, device: str = 'auto'):
@@ -898,7 +894,7 @@ class Captioner:
         opened = [p if isinstance(p, Image.Image) else open_image(p) for p in photos]
         return torch.stack([self.model.encoder.transform(p.convert('RGB')) for p in opened])
 
-# %% ../nbs/60_training.ipynb #509ff30a
+# %% ../nbs/60_training.ipynb #8fe2860a
 @patch
 def search(self: Captioner, photos: Sequence[str | Path | Image.Image], # n photos
            beam: int | None = None, # Width; None takes the configuration's
@@ -924,7 +920,7 @@ def caption(self: Captioner, photos: str | Path | Image.Image | Sequence, # A pa
     found = [self.vocab.decode(h[0].tokens) for h in self.search([photos] if one else list(photos), beam, **options)]
     return found[0] if one else found
 
-# %% ../nbs/60_training.ipynb #1099d922
+# %% ../nbs/60_training.ipynb #5da27d91
 @patch
 def explain(self: Captioner, photo: str | Path | Image.Image, # One photo
             beam: int | None = None, # Width; None takes the configuration's
@@ -936,7 +932,7 @@ def explain(self: Captioner, photo: str | Path | Image.Image, # One photo
     seen = Image.fromarray(self.images([photo])[0].permute(1, 2, 0).numpy())
     return Explanation(seen, [self.vocab.words[i] for i in h.tokens], attention_maps(h, self.model.encoder.grid), h.score)
 
-# %% ../nbs/60_training.ipynb #0c68478f
+# %% ../nbs/60_training.ipynb #c4797fb9
 @dataclass
 class Evaluation:
     "Captions of a split and what they score"
@@ -955,7 +951,7 @@ class Evaluation:
         if g := self.grounding: row['grounding'] = dict(pointing=g.pointing, chance=g.chance, ratio=g.ratio, words=g.n)
         return row
 
-# %% ../nbs/60_training.ipynb #2e26d92a
+# %% ../nbs/60_training.ipynb #fa9b8603
 @patch
 def evaluate(self: Trainer, split: str = 'dev', # Which split
              width: int | None = None, # Beam width; None takes the configuration's
@@ -978,7 +974,7 @@ def evaluate(self: Trainer, split: str = 'dev', # Which split
     atomic_write(path, json.dumps(results, indent=1) + '\n')
     return result
 
-# %% ../nbs/60_training.ipynb #201f231e
+# %% ../nbs/60_training.ipynb #a18c2972
 def demo_config(**changes, # Fields to set otherwise
                 ) -> Config:
     "The configuration of the demo: 2,000 drawn scenes, a small encoder trained jointly"
@@ -988,7 +984,7 @@ def demo_config(**changes, # Fields to set otherwise
                 threads=1)   # its operations are so small that a second thread mostly waits
     return Config.from_dict(demo | changes)
 
-# %% ../nbs/60_training.ipynb #2321c8f7
+# %% ../nbs/60_training.ipynb #3ac787a1
 def main(arguments: Sequence[str] | None = None) -> int:
     "`python -m caption_nb.training RUN`: train the run folder's config.json to the end and evaluate on dev"
     arguments = sys.argv[1:] if arguments is None else list(arguments)

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import caption_nb.training as training
+from caption_nb.basics import read_json_lines
 from caption_nb.training import (CHECKPOINT_FILES, Captioner, Config, ConfigError, Ema, Trainer, choose_device, config_help, demo_config,
                                  find_checkpoint, load_model, main, rate_factor, recover_checkpoint, write_checkpoint)
 
@@ -51,7 +52,7 @@ def done(cache, tmp_path_factory) -> Trainer:
 def weights(run: Path, name='last') -> bytes: return (run/'checkpoints'/name/'model.safetensors').read_bytes()
 
 
-def losses(run: Path) -> list: return [(r['step'], r['loss']) for r in training.read_lines(run/'metrics.jsonl') if 'loss' in r]
+def losses(run: Path) -> list: return [(r['step'], r['loss']) for r in read_json_lines(run/'metrics.jsonl') if 'loss' in r]
 
 
 # Config
@@ -259,7 +260,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(cache, done, tmp_path, monkeyp
         assert signal.getsignal(signal.SIGINT) is before
     Trainer(done.config, run, quiet=True).fit()
     assert weights(run) == weights(done.run) and weights(run, 'best') == weights(done.run, 'best')
-    dev = lambda r: [row['dev'] for row in training.read_lines(r/'metrics.jsonl') if 'dev' in row]
+    dev = lambda r: [row['dev'] for row in read_json_lines(r/'metrics.jsonl') if 'dev' in row]
     assert dev(run) == dev(done.run) and len(dev(run)) == 3
     a, b = (torch.load(r/'checkpoints'/'last'/'training.pt', weights_only=True) for r in (run, done.run))
     assert torch.equal(a['rng']['cpu'], b['rng']['cpu']) and a['best'] == b['best'] and a['batches'] == b['batches']
@@ -271,6 +272,12 @@ def test_same_seed_same_run_other_seed_other_run(cache, done, tmp_path):
     assert weights(tmp_path/'same') == weights(done.run) and losses(tmp_path/'same') == losses(done.run)
     Trainer(dataclasses.replace(done.config, seed=1, epochs=1), tmp_path/'other', quiet=True).fit()
     assert losses(tmp_path/'other')[0] != losses(done.run)[0]
+
+
+def test_lines_of_an_attempt_without_a_checkpoint_go(cache, tmp_path):
+    (tmp_path/'run').mkdir()
+    (tmp_path/'run'/'metrics.jsonl').write_text('{"step": 50, "loss": 9.0}\n{"step": 100, "lo')   # killed in its first epoch
+    assert Trainer(tiny(cache), tmp_path/'run', quiet=True).prepare().history == []
 
 
 def test_killed_process_continues(cache, done, tmp_path):
