@@ -45,3 +45,13 @@ def chromium() -> str:
     found = next((p for n in ('chromium', 'chromium-browser', 'google-chrome') if (p := shutil.which(n))), None)
     need('chromium', bool(found), 'no Chromium on PATH: browser tests drive a real one')
     return found
+
+
+@pytest.fixture(scope='module')
+def one_thread():
+    "A second torch thread makes the small operations of tests slower, on a busy machine a hundred times"
+    import torch   # here, not above: most tests need none of it
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -10,13 +10,7 @@ from torch.nn import functional as F
 from caption_nb.attention import AttentionLSTM, make_plan
 from caption_nb.decoder import Decoder, check_decoder, dropout, rows_per_image, take
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    "A second thread makes operations this small slower, on a busy machine a hundred times"
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 OPTIONS = dict(score=st.sampled_from(['tanh', 'relu']), gate=st.booleans(), deep_output=st.booleans(), norm=st.booleans(),

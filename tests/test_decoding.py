@@ -14,13 +14,7 @@ from caption_nb.decoding import Beam, generate
 PAD, START, END = 0, 1, 2
 
 
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    "A second thread makes operations this small slower, on a busy machine a hundred times"
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def sharp(seed: int, vocab: int = 6, images: int = 3, scale: float = 20., **options):

@@ -26,12 +26,7 @@ from caption_nb.training import (CHECKPOINT_FILES, Captioner, Config, ConfigErro
 def cache(tmp_path_factory) -> Path: return tmp_path_factory.mktemp('cache')
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def tiny(cache, **changes) -> Config:
