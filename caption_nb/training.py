@@ -12,7 +12,7 @@ __all__ = ['DECODER_OPTIONS', 'DECODERS', 'CHECKPOINT_FILES', 'FREE_FIELDS', 'op
            'prepare_encoder', 'checked_store', 'prepare_source', 'Explanation', 'Captioner', 'Evaluation',
            'demo_config', 'main']
 
-# %% ../nbs/60_training.ipynb #3862c9a2
+# %% ../nbs/60_training.ipynb #004d2434
 import copy
 import dataclasses
 import errno
@@ -52,7 +52,7 @@ from .metrics import Scores, score
 from .scenes import Grounding, grounding, make_scenes
 from .text import Vocab
 
-# %% ../nbs/60_training.ipynb #2a1cc7da
+# %% ../nbs/60_training.ipynb #edcc4f8b
 def option(group: str, # Heading under which the field is shown
            default: str | int | float | bool, # Its type is the field's type
            help: str, # Meaning, and unit where there is one
@@ -63,7 +63,7 @@ def option(group: str, # Heading under which the field is shown
     "A dataclass field with its `help` and the limits that `Config.validate` checks"
     return dataclasses.field(default=default, metadata=dict(group=group, help=help, choices=tuple(choices), low=low, high=high))
 
-# %% ../nbs/60_training.ipynb #bc0f97ee
+# %% ../nbs/60_training.ipynb #16228f75
 @dataclass
 class DataOptions:
     "What to learn from"
@@ -76,7 +76,7 @@ class DataOptions:
     tokenizer: str = option('data', 'ptb', 'what cuts captions into words', choices=('ptb', 'spacy', 'nltk', 'whitespace'))
     max_words: int = option('data', 40, 'longer training captions are cut; words', low=1)
 
-# %% ../nbs/60_training.ipynb #d2754f51
+# %% ../nbs/60_training.ipynb #31d3ebb8
 @dataclass
 class EncoderOptions:
     "What sees the picture"
@@ -92,7 +92,7 @@ class EncoderOptions:
     flip: bool = option('encoder', False, 'train on mirrored images too, except where a caption says left or right')
     cache_dir: str = option('encoder', '', 'folder for features and drawn scenes; empty is ~/.cache/caption_nb')
 
-# %% ../nbs/60_training.ipynb #e23bc331
+# %% ../nbs/60_training.ipynb #9b2d557f
 @dataclass
 class DecoderOptions:
     "What writes the words"
@@ -117,7 +117,7 @@ class DecodingOptions:
     length_norm: float = option('decoding', 1.0, 'a caption scores its log-probability divided by length to this power', low=0)
     ban_unk: bool = option('decoding', True, 'never write the unknown word')
 
-# %% ../nbs/60_training.ipynb #c4e75a2e
+# %% ../nbs/60_training.ipynb #fd31e335
 @dataclass
 class TrainingOptions:
     "How the weights are found"
@@ -143,7 +143,7 @@ class TrainingOptions:
     log_every: int = option('training', 50, 'steps between lines of metrics.jsonl', low=1)
     seed: int = option('training', 0, 'seed of weights, order of batches, dropout', low=0)
 
-# %% ../nbs/60_training.ipynb #7c52db5b
+# %% ../nbs/60_training.ipynb #384410c4
 @dataclass
 class MachineOptions:
     "Where it runs"
@@ -159,11 +159,11 @@ class RecordOptions:
     runs_dir: str = option('record', 'papermill_runs', 'folder that holds the run folders')
     resume: str = option('record', '', 'run folder to continue')
 
-# %% ../nbs/60_training.ipynb #d930d433
+# %% ../nbs/60_training.ipynb #74a560f3
 class ConfigError(ValueError):
     "A field of `Config` has a name, a type or a value that cannot be"
 
-# %% ../nbs/60_training.ipynb #0bc35224
+# %% ../nbs/60_training.ipynb #9acdf737
 @dataclass
 class Config(RecordOptions, MachineOptions, DecodingOptions, TrainingOptions, DecoderOptions, EncoderOptions, DataOptions):
     "All that defines a run; one flat set of fields, see `Config.help`"
@@ -203,7 +203,7 @@ class Config(RecordOptions, MachineOptions, DecodingOptions, TrainingOptions, De
         if faults: raise ConfigError('\n'.join(faults))
         return self
 
-# %% ../nbs/60_training.ipynb #5a7ca18c
+# %% ../nbs/60_training.ipynb #a16e0125
 def typed(name: str, # Field, for the message
           value, # What was given
           kind: type, # What is wanted: str, int, float or bool
@@ -227,7 +227,7 @@ def field_faults(f: dataclasses.Field, value) -> list[str]:
     if limits['high'] is not None and value > limits['high']: return [f'{f.name}={value!r}: must be at most {limits["high"]}']
     return []
 
-# %% ../nbs/60_training.ipynb #336b1a3c
+# %% ../nbs/60_training.ipynb #cc6e7c93
 def channel_values(text: str, # '' or '0.5' or '0.485,0.456,0.406'
                    ) -> tuple[float, float, float] | None: # None if empty
     "One number per colour channel from `text`"
@@ -236,13 +236,13 @@ def channel_values(text: str, # '' or '0.5' or '0.485,0.456,0.406'
     if len(values) not in (1, 3): raise ValueError(f'{text!r}: one number or three, separated by commas')
     return values if len(values) == 3 else values*3
 
-# %% ../nbs/60_training.ipynb #9a3c684d
+# %% ../nbs/60_training.ipynb #069ff1f8
 # Which fields of the decoder group each decoder takes, and under which name of its constructor
 DECODER_OPTIONS = {
     'attention_lstm': dict(embed_dim='embed_dim', hidden_dim='hidden_dim', attention_dim='attention_dim', attention='score', gate='gate',
                            deep_output='deep_output', dropout='dropout', feature_norm='norm', doubly_stochastic='doubly_stochastic')}
 
-# %% ../nbs/60_training.ipynb #84256ab8
+# %% ../nbs/60_training.ipynb #2147d066
 def combination_faults(config: Config) -> list[str]:
     "What is wrong with values that are each possible, but not together"
     c, faults = config, []
@@ -265,7 +265,7 @@ def combination_faults(config: Config) -> list[str]:
         if getattr(c, name) == 0: faults.append(f'{name}=0.0: must be more than 0')
     return faults
 
-# %% ../nbs/60_training.ipynb #a69b2f32
+# %% ../nbs/60_training.ipynb #0b1f4d3e
 @dataclass
 class FieldHelp:
     "One line of `config_help`"
@@ -278,7 +278,7 @@ def config_help() -> list[FieldHelp]:
                       f.metadata['help'] + (f'; one of {", ".join(map(repr, c))}' if (c := f.metadata['choices']) else ''))
             for f in dataclasses.fields(Config)]
 
-# %% ../nbs/60_training.ipynb #bd8608e8
+# %% ../nbs/60_training.ipynb #dd65165e
 # Every decoder there is: add its class here and its options to DECODER_OPTIONS
 DECODERS = {'attention_lstm': AttentionLSTM}
 
@@ -292,7 +292,7 @@ def make_decoder(config: Config, # Which decoder, and its options
     if 'score' in options: options['score'] = options['score'].removeprefix('additive_')
     return DECODERS[config.decoder](len(vocab), encoder.dim, pad_id=vocab.pad_id, **options)
 
-# %% ../nbs/60_training.ipynb #186012e4
+# %% ../nbs/60_training.ipynb #e1f11fdd
 def concept_loss(scores: Tensor, # (B, L, V) of each word in each cell
                  tokens: Tensor, # (B*k, T) word ids of the captions
                  specials: int = 4, # The first words of the vocabulary, which are no words
@@ -303,7 +303,7 @@ def concept_loss(scores: Tensor, # (B, L, V) of each word in each cell
     found = scores.float().logsumexp(1) - math.log(L)
     return F.binary_cross_entropy_with_logits(found[:, specials:], there[:, specials:])
 
-# %% ../nbs/60_training.ipynb #31250ec8
+# %% ../nbs/60_training.ipynb #cd832547
 class CaptionModel(nn.Module):
     "An encoder and a decoder: from pixels or stored features to the loss of captions"
     def __init__(self, encoder: Encoder, decoder: Decoder,
@@ -334,7 +334,7 @@ class CaptionModel(nn.Module):
         if self.concepts: terms['concepts'] = self.weight*concept_loss(self.concepts(grid), batch.tokens)
         return words + sum(terms.values()), words
 
-# %% ../nbs/60_training.ipynb #9fdd4e1d
+# %% ../nbs/60_training.ipynb #f28c53ee
 def rate_factor(step: int, # Steps done so far
                 steps: int, # Steps in all
                 warmup: int, # Steps of the rise
@@ -345,7 +345,7 @@ def rate_factor(step: int, # Steps done so far
     if step < warmup: return (step + 1)/(warmup + 1)
     return 1. if schedule != 'cosine' else 0.5*(1 + math.cos(math.pi*(step - warmup)/max(1, steps - warmup)))
 
-# %% ../nbs/60_training.ipynb #0c6761ef
+# %% ../nbs/60_training.ipynb #d5e35000
 class Ema:
     "Exponential moving average of what `model` learns"
     def __init__(self, model: nn.Module, # Parameters that need gradients, and buffers of training modules, are averaged
@@ -376,7 +376,7 @@ class Ema:
         finally:
             for n, t in self.learned(): t.copy_(mine[n])
 
-# %% ../nbs/60_training.ipynb #24279571
+# %% ../nbs/60_training.ipynb #bbb59808
 @dataclass
 class Machine:
     "How steps are computed, and how long a step took in each of the ways tried"
@@ -400,7 +400,7 @@ def time_step(model: CaptionModel, # Trained on nothing: gradients are thrown aw
         model.zero_grad(set_to_none=True)
     return min(times[1:])
 
-# %% ../nbs/60_training.ipynb #7f170cd6
+# %% ../nbs/60_training.ipynb #fbc4c086
 def choose_machine(config: Config, # `threads` and `precision`: what it fixes is not measured
                    model: CaptionModel, # Not changed
                    batch: Batch, # A typical one, on the model's device
@@ -427,7 +427,7 @@ def choose_machine(config: Config, # `threads` and `precision`: what it fixes is
     finally: torch.set_num_threads(most)
     return Machine(best[1], best[2], seconds)
 
-# %% ../nbs/60_training.ipynb #9590d7c2
+# %% ../nbs/60_training.ipynb #2e700d3d
 CHECKPOINT_FILES = ('model.safetensors', 'config.json', 'vocab.json', 'preprocess.json')
 
 
@@ -439,7 +439,7 @@ def recover_checkpoint(folder: str | Path) -> Path:
     for rest in (old, new): shutil.rmtree(rest, ignore_errors=True)
     return folder
 
-# %% ../nbs/60_training.ipynb #8e828281
+# %% ../nbs/60_training.ipynb #bc878c77
 def write_checkpoint(folder: str | Path, # Its final name; replaced if it exists
                      files: dict[str, bytes], # File name → content
                      ) -> Path: # The same folder
@@ -462,7 +462,7 @@ def write_checkpoint(folder: str | Path, # Its final name; replaced if it exists
     shutil.rmtree(old, ignore_errors=True)
     return folder
 
-# %% ../nbs/60_training.ipynb #8b41c78f
+# %% ../nbs/60_training.ipynb #66c84fa1
 def model_files(model: CaptionModel, vocab: Vocab, config: Config) -> dict[str, bytes]:
     "The files that make `model` usable elsewhere"
     weights = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in model.state_dict().items()}
@@ -484,7 +484,7 @@ def find_checkpoint(folder: str | Path, # A checkpoint folder, or a run folder, 
                                 'copy the whole folder again')
     return folder
 
-# %% ../nbs/60_training.ipynb #d99a82fc
+# %% ../nbs/60_training.ipynb #484ac952
 def load_model(folder: str | Path, # A checkpoint or run folder
                ) -> tuple[CaptionModel, Vocab, Config]: # In evaluation mode, on the CPU
     "What the checkpoint in `folder` holds"
@@ -501,7 +501,7 @@ def load_model(folder: str | Path, # A checkpoint or run folder
     load_weights(decoder, part('decoder.'), str(folder/'model.safetensors'))
     return CaptionModel(encoder.freeze(), decoder.eval()), vocab, config
 
-# %% ../nbs/60_training.ipynb #b5617cf7
+# %% ../nbs/60_training.ipynb #631fbc95
 def caption_images(model: CaptionModel, # On any device
                    vocab: Vocab, # Its words
                    ids: Sequence[str], # n image ids
@@ -522,7 +522,7 @@ def caption_images(model: CaptionModel, # On any device
         found.update((id, hypotheses[0]) for id, hypotheses in zip(batch.ids, best))
     return found
 
-# %% ../nbs/60_training.ipynb #40f540c4
+# %% ../nbs/60_training.ipynb #60a83a20
 def attention_maps(hypothesis: Hypothesis, # With attention
                    grid: tuple[int, int], # (gh, gw)
                    ) -> Tensor | None: # (T, gh, gw), or None if the decoder does not attend
@@ -532,7 +532,7 @@ def attention_maps(hypothesis: Hypothesis, # With attention
     if a.ndim == 3: a = a.mean(1)                                  # (T, L)
     return a[:len(hypothesis.tokens)].unflatten(-1, tuple(grid))
 
-# %% ../nbs/60_training.ipynb #55f361d6
+# %% ../nbs/60_training.ipynb #50a0f79f
 # What may be changed when a run is continued: it does not alter what is trained
 FREE_FIELDS = {'name', 'runs_dir', 'resume', 'device', 'threads', 'cache_dir', 'features', 'beam', 'log_every', 'patience'}
 
@@ -552,7 +552,7 @@ def choose_device(name: str = 'auto', # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f'device={name!r} cannot be used here: {str(e).splitlines()[0]}') from e
 
-# %% ../nbs/60_training.ipynb #65a7dd3c
+# %% ../nbs/60_training.ipynb #0f4402b8
 class Trainer:
     "One run: `prepare`, `fit`, `evaluate`; continues where the run folder's last checkpoint ended"
     def __init__(self, config: Config, # Checked
@@ -582,10 +582,10 @@ class Trainer:
         "Steps in all"
         return self.config.epochs*len(self.batches)
 
-# %% ../nbs/60_training.ipynb #0e7b1d24
+# %% ../nbs/60_training.ipynb #868f9eaa
 #| export
 
-# %% ../nbs/60_training.ipynb #cae6791d
+# %% ../nbs/60_training.ipynb #d7c81b4f
 def prepare_data(config: Config, # Fields of the data group, `image_size` and `cache_dir`
                  quiet: bool = False, # No progress bar
                  ) -> CaptionData:
@@ -607,7 +607,7 @@ def prepare_encoder(config: Config) -> Encoder:
                            pad_type=c.encoder_pad_type or None, mean=channel_values(c.encoder_mean), std=channel_values(c.encoder_std))
     return encoder if c.encoder == 'scene_cnn' else encoder.freeze()
 
-# %% ../nbs/60_training.ipynb #8c863c06
+# %% ../nbs/60_training.ipynb #e4cc5f2a
 def checked_store(path: Path, data: CaptionData, encoder: Encoder, ids: Sequence[str], views: Sequence[str]) -> FeatureStore:
     "The store at `path`, refused unless it has the `views` of all `ids` by this `encoder`; it may hold more"
     store = FeatureStore(path, expect=dict(encoder=encoder.spec))
@@ -630,7 +630,7 @@ def prepare_source(config: Config, data: CaptionData, encoder: Encoder, quiet: b
         if path.is_file(): return checked_store(path, data, encoder, ids, views)
     return extract(data, encoder, path, views=views, quiet=quiet)
 
-# %% ../nbs/60_training.ipynb #393a0376
+# %% ../nbs/60_training.ipynb #20ce0e77
 @patch
 def prepare(self: Trainer) -> Trainer:
     "Data, vocabulary, encoder, features, model, optimiser; and the state of the last checkpoint, if there is one"
@@ -653,11 +653,12 @@ def prepare(self: Trainer) -> Trainer:
     self.run.mkdir(parents=True, exist_ok=True)
     if last.exists(): self.load(last)
     else:
-        (self.run/'metrics.jsonl').unlink(missing_ok=True)   # of an attempt killed before its first checkpoint: all of it happens again
+        if not (self.checkpoints/'best').exists():   # an attempt killed before its first checkpoint: all it logged happens again
+            (self.run/'metrics.jsonl').unlink(missing_ok=True)
         if not (self.run/'config.json').exists(): atomic_write(self.run/'config.json', c.to_json())
     return self
 
-# %% ../nbs/60_training.ipynb #eff393ee
+# %% ../nbs/60_training.ipynb #74124a21
 @patch
 def _prepare_optimizer(self: Trainer):
     groups, c = [], self.config
@@ -668,7 +669,7 @@ def _prepare_optimizer(self: Trainer):
     self.parameters = [p for g in groups for p in g['params']]
     self.optimizer = torch.optim.AdamW(groups, fused=self.device.type in ('cpu', 'cuda'))
 
-# %% ../nbs/60_training.ipynb #28855c66
+# %% ../nbs/60_training.ipynb #6420b8b9
 @patch
 def state(self: Trainer) -> dict:
     "All that resuming needs besides the weights"
@@ -691,7 +692,7 @@ def save(self: Trainer, name: str, # 'last' or 'best'
         files['training.pt'] = buffer.getvalue()
     return write_checkpoint(self.checkpoints/name, files)
 
-# %% ../nbs/60_training.ipynb #c963763b
+# %% ../nbs/60_training.ipynb #960c77b0
 @patch
 def load(self: Trainer, folder: Path, # checkpoints/last
          ):
@@ -713,7 +714,7 @@ def load(self: Trainer, folder: Path, # checkpoints/last
     kept = [row for row in self.history if row['step'] <= self.step]   # what was logged after this checkpoint happens again
     atomic_write(self.run/'metrics.jsonl', ''.join(json.dumps(row) + '\n' for row in kept))
 
-# %% ../nbs/60_training.ipynb #585d2580
+# %% ../nbs/60_training.ipynb #4e116d0a
 @patch
 def _check_same(self: Trainer, state: dict):
     now, free = self.config.to_dict(), FREE_FIELDS | ({'epochs'} if self.config.schedule != 'cosine' else set())
@@ -723,7 +724,7 @@ def _check_same(self: Trainer, state: dict):
     if other: raise ConfigError(f'{self.run} cannot be continued with this configuration: {"; ".join(other)}. '
                                 'Change it back, or start a new run')
 
-# %% ../nbs/60_training.ipynb #678d5780
+# %% ../nbs/60_training.ipynb #3ca8b81f
 @patch
 def train_step(self: Trainer, batch: Batch):
     "Forward, backward and update on `batch`"
@@ -745,7 +746,7 @@ def train_step(self: Trainer, batch: Batch):
     self.tick = now
     if self.step % c.log_every == 0: self.log_steps()
 
-# %% ../nbs/60_training.ipynb #9a3b5e44
+# %% ../nbs/60_training.ipynb #142d13b0
 @patch
 def _check_finite(self: Trainer, loss: float, step: int):
     if not math.isfinite(loss):
@@ -771,7 +772,7 @@ def log(self: Trainer, **values):
     row = dict(step=self.step, epoch=round(self.step/len(self.batches), 4), seconds=round(self.seconds, 3)) | values
     with open(self.run/'metrics.jsonl', 'a', encoding='utf-8') as f: f.write(json.dumps(row) + '\n')
 
-# %% ../nbs/60_training.ipynb #9009a30b
+# %% ../nbs/60_training.ipynb #bde9eca5
 @patch
 def end_epoch(self: Trainer):
     "Log, score the dev split, keep the best, write the checkpoint"
@@ -792,7 +793,7 @@ def end_epoch(self: Trainer):
             if self.best_epoch == self.epoch: self.save('best')
     self.save('last')
 
-# %% ../nbs/60_training.ipynb #f637f956
+# %% ../nbs/60_training.ipynb #099d31da
 @patch
 def judge(self: Trainer, cider: float):
     "Is `cider` the best dev score so far? If not for long: lower the learning rate (plateau), or stop"
@@ -802,7 +803,7 @@ def judge(self: Trainer, cider: float):
     if c.schedule == 'plateau' and self.stalled > c.plateau_patience: self.scale, self.stalled = self.scale*c.plateau_factor, 0
     self.stopped = bool(c.patience) and self.bad >= c.patience
 
-# %% ../nbs/60_training.ipynb #d95fae6d
+# %% ../nbs/60_training.ipynb #69dae80b
 @patch
 def fit(self: Trainer, on_eval: Callable[[list[dict]], None] | None = None, # Called after each evaluation with the lines of metrics.jsonl
         ) -> list[dict]: # The lines of metrics.jsonl
@@ -821,7 +822,7 @@ def fit(self: Trainer, on_eval: Callable[[list[dict]], None] | None = None, # Ca
         if self.interrupted: raise KeyboardInterrupt('stopped at the end of the training, all of it is saved')
     return self.history
 
-# %% ../nbs/60_training.ipynb #57afb7fb
+# %% ../nbs/60_training.ipynb #d61f8e9b
 @patch
 def _epochs(self: Trainer, on_eval: Callable | None) -> Iterator[Batch]:
     while self.epoch < self.config.epochs and not self.stopped:
@@ -840,7 +841,7 @@ def status(self: Trainer) -> str:
     dev = f', dev CIDEr {self.best:.3f} (epoch {self.best_epoch})' if self.best_epoch else ''
     return f'epoch {min(self.epoch + 1, self.config.epochs)}/{self.config.epochs}{loss}{dev}'
 
-# %% ../nbs/60_training.ipynb #88c9a40a
+# %% ../nbs/60_training.ipynb #29d00378
 @patch
 def _sample_batch(self: Trainer) -> Batch:
     batches = iter(copy.copy(self.batches))   # a copy: the place in the order stays what it is
@@ -863,7 +864,7 @@ def _loop_settings(self: Trainer) -> Iterator[None]:
         torch.set_num_threads(threads)
         if main: signal.signal(signal.SIGINT, before)
 
-# %% ../nbs/60_training.ipynb #c8a869e9
+# %% ../nbs/60_training.ipynb #dd8adf95
 @dataclass
 class Explanation:
     "A caption, and where the decoder looked at each of its words"
@@ -875,7 +876,7 @@ class Explanation:
     @property
     def caption(self) -> str: return ' '.join(self.words)
 
-# %% ../nbs/60_training.ipynb #b01b285c
+# %% ../nbs/60_training.ipynb #9b365114
 class Captioner:
     "A trained model that captions images: `Captioner.load(folder).caption('photo.jpg')`"
     def __init__(self, model: CaptionModel, vocab: Vocab, config: Config, device: str = 'auto'):
@@ -894,7 +895,7 @@ class Captioner:
         opened = [p if isinstance(p, Image.Image) else open_image(p) for p in photos]
         return torch.stack([self.model.encoder.transform(p.convert('RGB')) for p in opened])
 
-# %% ../nbs/60_training.ipynb #8fe2860a
+# %% ../nbs/60_training.ipynb #e4881b6a
 @patch
 def search(self: Captioner, photos: Sequence[str | Path | Image.Image], # n photos
            beam: int | None = None, # Width; None takes the configuration's
@@ -920,7 +921,7 @@ def caption(self: Captioner, photos: str | Path | Image.Image | Sequence, # A pa
     found = [self.vocab.decode(h[0].tokens) for h in self.search([photos] if one else list(photos), beam, **options)]
     return found[0] if one else found
 
-# %% ../nbs/60_training.ipynb #5da27d91
+# %% ../nbs/60_training.ipynb #d033fb93
 @patch
 def explain(self: Captioner, photo: str | Path | Image.Image, # One photo
             beam: int | None = None, # Width; None takes the configuration's
@@ -932,7 +933,7 @@ def explain(self: Captioner, photo: str | Path | Image.Image, # One photo
     seen = Image.fromarray(self.images([photo])[0].permute(1, 2, 0).numpy())
     return Explanation(seen, [self.vocab.words[i] for i in h.tokens], attention_maps(h, self.model.encoder.grid), h.score)
 
-# %% ../nbs/60_training.ipynb #c4797fb9
+# %% ../nbs/60_training.ipynb #ce9c99d6
 @dataclass
 class Evaluation:
     "Captions of a split and what they score"
@@ -951,7 +952,7 @@ class Evaluation:
         if g := self.grounding: row['grounding'] = dict(pointing=g.pointing, chance=g.chance, ratio=g.ratio, words=g.n)
         return row
 
-# %% ../nbs/60_training.ipynb #fa9b8603
+# %% ../nbs/60_training.ipynb #2f7f272d
 @patch
 def evaluate(self: Trainer, split: str = 'dev', # Which split
              width: int | None = None, # Beam width; None takes the configuration's
@@ -974,7 +975,7 @@ def evaluate(self: Trainer, split: str = 'dev', # Which split
     atomic_write(path, json.dumps(results, indent=1) + '\n')
     return result
 
-# %% ../nbs/60_training.ipynb #a18c2972
+# %% ../nbs/60_training.ipynb #ddb3ba4f
 def demo_config(**changes, # Fields to set otherwise
                 ) -> Config:
     "The configuration of the demo: 2,000 drawn scenes, a small encoder trained jointly"
@@ -984,7 +985,7 @@ def demo_config(**changes, # Fields to set otherwise
                 threads=1)   # its operations are so small that a second thread mostly waits
     return Config.from_dict(demo | changes)
 
-# %% ../nbs/60_training.ipynb #3ac787a1
+# %% ../nbs/60_training.ipynb #b716698d
 def main(arguments: Sequence[str] | None = None) -> int:
     "`python -m caption_nb.training RUN`: train the run folder's config.json to the end and evaluate on dev"
     arguments = sys.argv[1:] if arguments is None else list(arguments)

@@ -275,6 +275,12 @@ def test_lines_of_an_attempt_without_a_checkpoint_go(cache, tmp_path):
     assert Trainer(tiny(cache), tmp_path/'run', quiet=True).prepare().history == []
 
 
+def test_lines_of_a_trained_run_stay_when_its_last_checkpoint_was_thrown_away(done, tmp_path):
+    shutil.copytree(done.run, tmp_path/'run')
+    shutil.rmtree(tmp_path/'run'/'checkpoints'/'last')
+    assert Trainer(done.config, tmp_path/'run', quiet=True).prepare().history == done.history != []
+
+
 def test_killed_process_continues(cache, done, tmp_path):
     "kill -9 at several moments; each restart goes on, and the end is the same as without any kill"
     run = tmp_path/'run'
