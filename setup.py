@@ -13,13 +13,16 @@ cfg = config['DEFAULT']
 
 
 class BuildWithExperiments(build_py):
-    "Copies `nbs/experiments/*.ipynb` into the package, so that an installed wheel can train outside a clone"
+    "Copies the notebooks and presets of `nbs/experiments` into the package, so that an installed wheel can train outside a clone"
     def run(self):
         super().run()
         if getattr(self, 'editable_mode', False): return   # a clone reads them where they are
         target = Path(self.build_lib)/cfg['lib_name']/'experiments'
         target.mkdir(parents=True, exist_ok=True)
-        for notebook in sorted((here/'nbs'/'experiments').glob('*.ipynb')): shutil.copy2(notebook, target/notebook.name)
+        source = here/'nbs'/'experiments'
+        for file in [*source.glob('*.ipynb'), *source.glob('presets/*.yaml')]:
+            (target/file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, target/file.relative_to(source))
 
 
 extras = {key.removesuffix('_requirements'): value.split() for key, value in cfg.items() if key.endswith('_requirements')}
