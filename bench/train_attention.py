@@ -30,7 +30,7 @@ class PlainAttentionLSTM(nn.Module):
             return torch.cat([i, f, g, o])
         with torch.no_grad():
             for p in self.parameters(): p.zero_()
-            for mine, theirs in ((self.embedding.weight, ours.embedding.weight), (self.key.weight, ours.key.weight),
+            for mine, theirs in ((self.embedding.weight, ours.embedding.vectors.weight), (self.key.weight, ours.key.weight),
                                  (self.query.weight, ours.recur.weight[:A]), (self.query.bias, ours.recur.bias[:A]),
                                  (self.gate.weight, ours.recur.weight[A:A+G]), (self.gate.bias, ours.recur.bias[A:A+G]),
                                  (self.cell.weight_hh, order(ours.recur.weight[A+G:])), (self.cell.bias_hh, order(ours.recur.bias[A+G:])),

@@ -22,7 +22,7 @@ def sharp(seed: int, vocab: int = 6, images: int = 3, scale: float = 20., **opti
     torch.manual_seed(seed)
     decoder = AttentionLSTM(vocab, 5, 4, 6, 4, **options).double().eval()
     with torch.no_grad():
-        decoder.output.weight.mul_(scale); decoder.recur.weight.mul_(4); decoder.word.weight.mul_(4); decoder.embedding.weight.mul_(20)
+        decoder.output.weight.mul_(scale); decoder.recur.weight.mul_(4); decoder.word.weight.mul_(4); decoder.embedding.vectors.weight.mul_(20)
     return decoder, torch.randn(images, 4, 5).double()
 
 
