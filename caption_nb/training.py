@@ -9,7 +9,7 @@ __all__ = ['CHECKPOINT_FILES', 'FREE_FIELDS', 'concept_loss', 'CaptionModel', 'r
            'choose_device', 'Trainer', 'prepare_data', 'prepare_encoder', 'checked_store', 'prepare_source',
            'Explanation', 'Captioner', 'Evaluation', 'demo_config', 'main']
 
-# %% ../nbs/60_training.ipynb #6b1eaac3
+# %% ../nbs/60_training.ipynb #8856e86b
 import copy
 import errno
 import io
@@ -49,7 +49,7 @@ from .scheduled_sampling import mixed_inputs, sampling_ratio
 from .text import Vocab
 from .vectors import WordVectors, read_vectors
 
-# %% ../nbs/60_training.ipynb #f5e5fe2c
+# %% ../nbs/60_training.ipynb #aa8e38be
 def concept_loss(scores: Tensor, # (B, L, V) of each word in each cell
                  tokens: Tensor, # (B*k, T) word ids of the captions
                  specials: int = 4, # The first words of the vocabulary, which are no words
@@ -60,7 +60,7 @@ def concept_loss(scores: Tensor, # (B, L, V) of each word in each cell
     found = scores.float().logsumexp(1) - math.log(L)
     return F.binary_cross_entropy_with_logits(found[:, specials:], there[:, specials:])
 
-# %% ../nbs/60_training.ipynb #99c6a05b
+# %% ../nbs/60_training.ipynb #82369f7c
 class CaptionModel(nn.Module):
     "An encoder and a decoder: from pixels or stored features to the loss of captions"
     def __init__(self, encoder: Encoder, decoder: Decoder,
@@ -94,7 +94,7 @@ class CaptionModel(nn.Module):
         if self.concepts: terms['concepts'] = self.weight*concept_loss(self.concepts(grid), batch.tokens)
         return words + sum(terms.values()), words
 
-# %% ../nbs/60_training.ipynb #cafbc246
+# %% ../nbs/60_training.ipynb #c249add0
 def rate_factor(step: int, # Steps done so far
                 steps: int, # Steps in all
                 warmup: int, # Steps of the rise
@@ -105,7 +105,7 @@ def rate_factor(step: int, # Steps done so far
     if step < warmup: return (step + 1)/(warmup + 1)
     return 1. if schedule != 'cosine' else 0.5*(1 + math.cos(math.pi*(step - warmup)/max(1, steps - warmup)))
 
-# %% ../nbs/60_training.ipynb #0d37027c
+# %% ../nbs/60_training.ipynb #c6caf220
 class Ema:
     "Exponential moving average of what `model` learns"
     def __init__(self, model: nn.Module, # Parameters that need gradients, and buffers of training modules, are averaged
@@ -136,7 +136,7 @@ class Ema:
         finally:
             for n, t in self.learned(): t.copy_(mine[n])
 
-# %% ../nbs/60_training.ipynb #b0e83fbc
+# %% ../nbs/60_training.ipynb #6a9e1926
 @dataclass
 class Machine:
     "How steps are computed, and how long a step took in each of the ways tried"
@@ -160,7 +160,7 @@ def time_step(model: CaptionModel, # Trained on nothing: gradients are thrown aw
         model.zero_grad(set_to_none=True)
     return min(times[1:])
 
-# %% ../nbs/60_training.ipynb #ec74dac9
+# %% ../nbs/60_training.ipynb #670f11c9
 def choose_machine(config: Config, # `threads` and `precision`: what it fixes is not measured
                    model: CaptionModel, # Not changed
                    batch: Batch, # A typical one, on the model's device
@@ -187,7 +187,7 @@ def choose_machine(config: Config, # `threads` and `precision`: what it fixes is
     finally: torch.set_num_threads(most)
     return Machine(best[1], best[2], seconds)
 
-# %% ../nbs/60_training.ipynb #c6db442e
+# %% ../nbs/60_training.ipynb #9643e650
 CHECKPOINT_FILES = ('model.safetensors', 'config.json', 'vocab.json', 'preprocess.json')
 
 
@@ -199,7 +199,7 @@ def recover_checkpoint(folder: str | Path) -> Path:
     for rest in (old, new): shutil.rmtree(rest, ignore_errors=True)
     return folder
 
-# %% ../nbs/60_training.ipynb #83e9bc4d
+# %% ../nbs/60_training.ipynb #dba55a27
 def write_checkpoint(folder: str | Path, # Its final name; replaced if it exists
                      files: dict[str, bytes | Path], # File name → content, or a file to share it with (linked if the disk can, else copied)
                      ) -> Path: # The same folder
@@ -228,7 +228,7 @@ def _link(source: Path, target: Path):
     try: os.link(source, target)
     except OSError: shutil.copy2(source, target)
 
-# %% ../nbs/60_training.ipynb #6a762eb4
+# %% ../nbs/60_training.ipynb #79f3d6fe
 def model_files(model: CaptionModel, vocab: Vocab, config: Config,
                 encoder: Path | None = None, # File that already holds the encoder's weights; None: they go with the others
                 ) -> dict[str, bytes | Path]:
@@ -257,7 +257,7 @@ def find_checkpoint(folder: str | Path, # A checkpoint folder, or a run folder, 
                                 'copy the whole folder again')
     return folder
 
-# %% ../nbs/60_training.ipynb #ee722c07
+# %% ../nbs/60_training.ipynb #4abb8468
 def checkpoint_weights(folder: Path) -> dict[str, Tensor]: # Names as in `CaptionModel.state_dict`
     "All weights of the checkpoint in `folder`"
     weights = _read(folder, 'model.safetensors', lambda path: load_tensors(path.read_bytes()))
@@ -286,7 +286,7 @@ def load_model(folder: str | Path, # A checkpoint or run folder
     load_weights(decoder, part('decoder.'), str(folder/'model.safetensors'))
     return CaptionModel(encoder.freeze(), decoder.eval()), vocab, config
 
-# %% ../nbs/60_training.ipynb #ab2f1b00
+# %% ../nbs/60_training.ipynb #4c67293b
 def search_options(config: Config, vocab: Vocab) -> dict: # Arguments of `generate`
     "How `config` wants captions to be searched"
     c = config
@@ -315,7 +315,7 @@ def caption_images(model: CaptionModel, # On any device
         found.update((id, hypotheses[0]) for id, hypotheses in zip(batch.ids, best))
     return found
 
-# %% ../nbs/60_training.ipynb #44ccda52
+# %% ../nbs/60_training.ipynb #a26ae014
 def attention_maps(hypothesis: Hypothesis, # With attention
                    grid: tuple[int, int], # (gh, gw)
                    ) -> Tensor | None: # (T, gh, gw), or None if the decoder does not attend
@@ -325,7 +325,7 @@ def attention_maps(hypothesis: Hypothesis, # With attention
     if a.ndim == 3: a = a.mean(1)                                  # (T, L)
     return a[:len(hypothesis.tokens)].unflatten(-1, tuple(grid))
 
-# %% ../nbs/60_training.ipynb #27965a0a
+# %% ../nbs/60_training.ipynb #ff7c3610
 # What may be changed when a run is continued: it does not alter what is trained
 FREE_FIELDS = {'name', 'runs_dir', 'resume', 'device', 'threads', 'cache_dir', 'features', 'beam', 'log_every', 'patience'}
 
@@ -345,7 +345,7 @@ def choose_device(name: str = 'auto', # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f'device={name!r} cannot be used here: {str(e).splitlines()[0]}') from e
 
-# %% ../nbs/60_training.ipynb #ed2f056c
+# %% ../nbs/60_training.ipynb #d1acc017
 class Trainer:
     "One run: `prepare`, `fit`, `evaluate`; continues where the run folder's last checkpoint ended"
     def __init__(self, config: Config, # Checked
@@ -376,10 +376,10 @@ class Trainer:
         "Steps in all"
         return self.config.epochs*len(self.batches)
 
-# %% ../nbs/60_training.ipynb #fee20534
+# %% ../nbs/60_training.ipynb #1f924d30
 #| export
 
-# %% ../nbs/60_training.ipynb #9ec22185
+# %% ../nbs/60_training.ipynb #948e5a45
 def prepare_data(config: Config, # Fields of the data group, `image_size` and `cache_dir`
                  quiet: bool = False, # No progress bar
                  ) -> CaptionData:
@@ -401,7 +401,7 @@ def prepare_encoder(config: Config) -> Encoder:
                            pad_type=c.encoder_pad_type or None, mean=channel_values(c.encoder_mean), std=channel_values(c.encoder_std))
     return encoder if c.encoder == 'scene_cnn' else encoder.freeze()
 
-# %% ../nbs/60_training.ipynb #0d7c0de5
+# %% ../nbs/60_training.ipynb #ced8979d
 def checked_store(path: Path, data: CaptionData, encoder: Encoder, ids: Sequence[str], views: Sequence[str]) -> FeatureStore:
     "The store at `path`, refused unless it has the `views` of all `ids` by this `encoder`; it may hold more"
     store = FeatureStore(path, expect=dict(encoder=encoder.spec))
@@ -424,7 +424,7 @@ def prepare_source(config: Config, data: CaptionData, encoder: Encoder, quiet: b
         if path.is_file(): return checked_store(path, data, encoder, ids, views)
     return extract(data, encoder, path, views=views, quiet=quiet)
 
-# %% ../nbs/60_training.ipynb #88eb79e2
+# %% ../nbs/60_training.ipynb #3d9ec08e
 @patch
 def prepare(self: Trainer) -> Trainer:
     "Data, vocabulary, encoder, features, model, optimiser; and the state of the last checkpoint, if there is one"
@@ -455,7 +455,7 @@ def prepare(self: Trainer) -> Trainer:
         if not (self.run/'config.json').exists(): atomic_write(self.run/'config.json', c.to_json())
     return self
 
-# %% ../nbs/60_training.ipynb #8a50d90a
+# %% ../nbs/60_training.ipynb #14e4441b
 @patch
 def _prepare_optimizer(self: Trainer):
     groups, c = [], self.config
@@ -466,7 +466,7 @@ def _prepare_optimizer(self: Trainer):
     self.parameters = [p for g in groups for p in g['params']]
     self.optimizer = torch.optim.AdamW(groups, fused=self.device.type in ('cpu', 'cuda'))
 
-# %% ../nbs/60_training.ipynb #7f0b05fe
+# %% ../nbs/60_training.ipynb #2a63146c
 @patch
 def state(self: Trainer) -> dict:
     "All that resuming needs besides the weights"
@@ -500,7 +500,7 @@ def _encoder_file(self: Trainer) -> Path:
         atomic_write(path, weight_bytes({f'encoder.{n}': t for n, t in encoder.state_dict().items()}))
     return path
 
-# %% ../nbs/60_training.ipynb #913c0c97
+# %% ../nbs/60_training.ipynb #c0dd8fac
 @patch
 def load(self: Trainer, folder: Path, # checkpoints/last
          ):
@@ -522,7 +522,7 @@ def load(self: Trainer, folder: Path, # checkpoints/last
     kept = [row for row in self.history if row['step'] <= self.step]   # what was logged after this checkpoint happens again
     atomic_write(self.run/'metrics.jsonl', ''.join(json.dumps(row) + '\n' for row in kept))
 
-# %% ../nbs/60_training.ipynb #ceaad574
+# %% ../nbs/60_training.ipynb #f7107374
 @patch
 def _check_same(self: Trainer, state: dict):
     now, free = self.config.to_dict(), FREE_FIELDS | ({'epochs'} if self.config.schedule != 'cosine' else set())
@@ -532,7 +532,7 @@ def _check_same(self: Trainer, state: dict):
     if other: raise ConfigError(f'{self.run} cannot be continued with this configuration: {"; ".join(other)}. '
                                 'Change it back, or start a new run')
 
-# %% ../nbs/60_training.ipynb #e29b2e96
+# %% ../nbs/60_training.ipynb #c1a07bea
 @patch
 def train_step(self: Trainer, batch: Batch):
     "Forward, backward and update on `batch`"
@@ -555,7 +555,7 @@ def train_step(self: Trainer, batch: Batch):
     self.tick = now
     if self.step % c.log_every == 0: self.log_steps()
 
-# %% ../nbs/60_training.ipynb #fe77e611
+# %% ../nbs/60_training.ipynb #fb7315d3
 @patch
 def _check_finite(self: Trainer, loss: float, step: int):
     if not math.isfinite(loss):
@@ -581,7 +581,7 @@ def log(self: Trainer, **values):
     row = dict(step=self.step, epoch=round(self.step/len(self.batches), 4), seconds=round(self.seconds, 3)) | values
     with open(self.run/'metrics.jsonl', 'a', encoding='utf-8') as f: f.write(json.dumps(row) + '\n')
 
-# %% ../nbs/60_training.ipynb #6a8bd62a
+# %% ../nbs/60_training.ipynb #d70dbe2f
 @patch
 def end_epoch(self: Trainer):
     "Log, score the dev split, keep the best, write the checkpoint"
@@ -602,7 +602,7 @@ def end_epoch(self: Trainer):
             if self.best_epoch == self.epoch: self.save('best')
     self.save('last')
 
-# %% ../nbs/60_training.ipynb #3396b7dd
+# %% ../nbs/60_training.ipynb #918e238f
 @patch
 def judge(self: Trainer, cider: float):
     "Is `cider` the best dev score so far? If not for long: lower the learning rate (plateau), or stop"
@@ -612,7 +612,7 @@ def judge(self: Trainer, cider: float):
     if c.schedule == 'plateau' and self.stalled > c.plateau_patience: self.scale, self.stalled = self.scale*c.plateau_factor, 0
     self.stopped = bool(c.patience) and self.bad >= c.patience
 
-# %% ../nbs/60_training.ipynb #799a1c18
+# %% ../nbs/60_training.ipynb #393a88f6
 @patch
 def fit(self: Trainer, on_eval: Callable[[list[dict]], None] | None = None, # Called after each evaluation with the lines of metrics.jsonl
         ) -> list[dict]: # The lines of metrics.jsonl
@@ -631,7 +631,7 @@ def fit(self: Trainer, on_eval: Callable[[list[dict]], None] | None = None, # Ca
         if self.interrupted: raise KeyboardInterrupt('stopped at the end of the training, all of it is saved')
     return self.history
 
-# %% ../nbs/60_training.ipynb #073a3ed1
+# %% ../nbs/60_training.ipynb #72d879e6
 @patch
 def _epochs(self: Trainer, on_eval: Callable | None) -> Iterator[Batch]:
     while self.epoch < self.config.epochs and not self.stopped:
@@ -650,7 +650,7 @@ def status(self: Trainer) -> str:
     dev = f', dev CIDEr {self.best:.3f} (epoch {self.best_epoch})' if self.best_epoch else ''
     return f'epoch {min(self.epoch + 1, self.config.epochs)}/{self.config.epochs}{loss}{dev}'
 
-# %% ../nbs/60_training.ipynb #ae2956dc
+# %% ../nbs/60_training.ipynb #d8b0cc70
 @patch
 def _sample_batch(self: Trainer) -> Batch:
     batches = iter(copy.copy(self.batches))   # a copy: the place in the order stays what it is
@@ -673,7 +673,7 @@ def _loop_settings(self: Trainer) -> Iterator[None]:
         torch.set_num_threads(threads)
         if main: signal.signal(signal.SIGINT, before)
 
-# %% ../nbs/60_training.ipynb #3fd83f0e
+# %% ../nbs/60_training.ipynb #a286ee7b
 @dataclass
 class Explanation:
     "A caption, and where the decoder looked at each of its words"
@@ -685,7 +685,7 @@ class Explanation:
     @property
     def caption(self) -> str: return ' '.join(self.words)
 
-# %% ../nbs/60_training.ipynb #b0472a1a
+# %% ../nbs/60_training.ipynb #8f7dc4a9
 class Captioner:
     "A trained model that captions images: `Captioner.load(folder).caption('photo.jpg')`"
     def __init__(self, model: CaptionModel, vocab: Vocab, config: Config, device: str = 'auto'):
@@ -704,7 +704,7 @@ class Captioner:
         opened = [p if isinstance(p, Image.Image) else open_image(p) for p in photos]
         return torch.stack([self.model.encoder.transform(p.convert('RGB')) for p in opened])
 
-# %% ../nbs/60_training.ipynb #cc0c41ed
+# %% ../nbs/60_training.ipynb #3fa32f7a
 @patch
 def search(self: Captioner, photos: Sequence[str | Path | Image.Image], # n photos
            beam: int | None = None, # Width; None takes the configuration's
@@ -730,7 +730,7 @@ def caption(self: Captioner, photos: str | Path | Image.Image | Sequence, # A pa
     found = [self.vocab.decode(h[0].tokens) for h in self.search([photos] if one else list(photos), beam, **options)]
     return found[0] if one else found
 
-# %% ../nbs/60_training.ipynb #9ef26b12
+# %% ../nbs/60_training.ipynb #8377c059
 @patch
 def explain(self: Captioner, photo: str | Path | Image.Image, # One photo
             beam: int | None = None, # Width; None takes the configuration's
@@ -742,7 +742,7 @@ def explain(self: Captioner, photo: str | Path | Image.Image, # One photo
     seen = Image.fromarray(self.images([photo])[0].permute(1, 2, 0).numpy())
     return Explanation(seen, [self.vocab.words[i] for i in h.tokens], attention_maps(h, self.model.encoder.grid), h.score)
 
-# %% ../nbs/60_training.ipynb #21d1695d
+# %% ../nbs/60_training.ipynb #05dde144
 @dataclass
 class Evaluation:
     "Captions of a split and what they score"
@@ -761,7 +761,7 @@ class Evaluation:
         if g := self.grounding: row['grounding'] = dict(pointing=g.pointing, chance=g.chance, ratio=g.ratio, words=g.n)
         return row
 
-# %% ../nbs/60_training.ipynb #6b983cd8
+# %% ../nbs/60_training.ipynb #effc34e4
 @patch
 def evaluate(self: Trainer, split: str = 'dev', # Which split
              width: int | None = None, # Beam width; None takes the configuration's
@@ -784,7 +784,7 @@ def evaluate(self: Trainer, split: str = 'dev', # Which split
     atomic_write(path, json.dumps(results, indent=1) + '\n')
     return result
 
-# %% ../nbs/60_training.ipynb #3a0ec38a
+# %% ../nbs/60_training.ipynb #0ebebd09
 def demo_config(**changes, # Fields to set otherwise
                 ) -> Config:
     "The configuration of the demo: 2,000 drawn scenes, a small encoder trained jointly"
@@ -794,7 +794,7 @@ def demo_config(**changes, # Fields to set otherwise
                 threads=1)   # its operations are so small that a second thread mostly waits
     return Config.from_dict(demo | changes)
 
-# %% ../nbs/60_training.ipynb #e1e9711f
+# %% ../nbs/60_training.ipynb #c38aeb66
 def main(arguments: Sequence[str] | None = None) -> int:
     "`python -m caption_nb.training RUN`: train the run folder's config.json to the end and evaluate on dev"
     arguments = sys.argv[1:] if arguments is None else list(arguments)
