@@ -8,7 +8,7 @@ import torch
 
 from bench.common import Result, compare
 from bench.train_attention import PlainAttentionLSTM
-from caption_nb.attention import AttentionLSTM
+from caption_nb.attention import AttentionDecoder
 from caption_nb.decoding import generate
 
 END = 2
@@ -40,7 +40,7 @@ def run(quick: bool = False) -> list[Result]:
     torch.manual_seed(0)
     vocab, D, dim, images, peers, rounds = (500, 64, 32, 4, 2, 2) if quick else (9500, 2048, 512, 64, 4, 10)
     results = []
-    ours = AttentionLSTM(vocab, D, dim, dim, dim, norm=False).eval()
+    ours = AttentionDecoder(vocab, D, embed_dim=dim, hidden_dim=dim, attention_dim=dim, norm=False).eval()
     with torch.no_grad(): ours.output.weight.mul_(10)      # far from uniform, as a trained model is
     peer = PlainAttentionLSTM(vocab, D, dim, dim, dim).load(ours).eval()
     grid = torch.randn(images, 49, D).relu()

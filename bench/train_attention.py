@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bench.common import Result, compare
-from caption_nb.attention import AttentionLSTM
+from caption_nb.attention import AttentionDecoder
 
 
 class PlainAttentionLSTM(nn.Module):
@@ -21,7 +21,7 @@ class PlainAttentionLSTM(nn.Module):
         self.key, self.query, self.energy = nn.Linear(D, A), nn.Linear(H, A), nn.Linear(A, 1)
         self.gate, self.cell, self.dropout, self.output = nn.Linear(H, D), nn.LSTMCell(E + D, H), nn.Dropout(0.5), nn.Linear(H, vocab)
 
-    def load(self, ours: AttentionLSTM):
+    def load(self, ours: AttentionDecoder):
         "Take over the weights of `ours`; its gates are in the order i, f, o, g and torch's in i, f, g, o"
         A, G, _ = ours.split
         H = self.cell.hidden_size
@@ -115,7 +115,7 @@ def run(quick: bool = False) -> list[Result]:
     vocab, D, dim, images, rounds = (500, 64, 32, 4, 2) if quick else (9500, 2048, 512, 10, 10)
     results = []
     for L, low, peer_low in ((49, False, False), (49, True, False), (49, True, True), (196, True, False)):
-        ours = AttentionLSTM(vocab, D, dim, dim, dim, norm=False)
+        ours = AttentionDecoder(vocab, D, embed_dim=dim, hidden_dim=dim, attention_dim=dim, norm=False)
         peer = PlainAttentionLSTM(vocab, D, dim, dim, dim).load(ours)
         grid, tokens = torch.randn(images, L, D).relu(), random_captions(images*5, vocab)
         rows = grid.repeat_interleave(5, 0)
