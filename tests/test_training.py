@@ -18,8 +18,9 @@ from PIL import Image
 
 import caption_nb.training as training
 from caption_nb.basics import read_json_lines
-from caption_nb.training import (CHECKPOINT_FILES, Captioner, Config, ConfigError, Ema, Trainer, choose_device, config_help, demo_config,
-                                 find_checkpoint, load_model, main, rate_factor, recover_checkpoint, write_checkpoint)
+from caption_nb.config import Config, ConfigError
+from caption_nb.training import (CHECKPOINT_FILES, Captioner, Ema, Trainer, choose_device, find_checkpoint, load_model, main, rate_factor,
+                                 recover_checkpoint, write_checkpoint)
 
 
 @pytest.fixture(scope='module')
@@ -48,51 +49,6 @@ def weights(run: Path, name='last') -> bytes: return (run/'checkpoints'/name/'mo
 
 
 def losses(run: Path) -> list: return [(r['step'], r['loss']) for r in read_json_lines(run/'metrics.jsonl') if 'loss' in r]
-
-
-# Config
-
-@pytest.mark.parametrize('values, message', [
-    (dict(epoch=3), "unknown field 'epoch': did you mean 'epochs'"),
-    (dict(epochs='3'), "epochs='3': expected int, got str"),
-    (dict(epochs=True), 'epochs=True: expected int, got bool'),
-    (dict(epochs=3.0), 'epochs=3.0: expected int, got float'),
-    (dict(gate=1), 'gate=1: expected bool, got int'),
-    (dict(data=None), 'data=None: expected str, got NoneType'),
-    (dict(schedule='cosin'), "schedule='cosin': did you mean 'cosine'"),
-    (dict(decoder='atention_lstm'), "did you mean 'attention_lstm'"),
-    (dict(device='cdua'), "did you mean 'cuda'"),
-    (dict(dropout=1.5), 'dropout=1.5: must be at most 0.95'),
-    (dict(lr=-1.0), 'lr=-1.0: must be at least 0'), (dict(lr=0.0), 'lr=0.0: must be more than 0'), (dict(lr=math.nan), 'lr is not a number'),
-    (dict(encoder_mean='red'), "encoder_mean='red': expected numbers such as"), (dict(encoder_std='1,2'), "one number or three"),
-    (dict(encoder='scene_cnn', features='a.h5'), 'trained jointly'), (dict(encoder='scene_cnn', flip=True), 'flip=True'),
-    (dict(epochs=0, beam=0), 'epochs=0: must be at least 1\nbeam=0: must be at least 1')])
-def test_config_faults_are_named(values, message):
-    with pytest.raises(ConfigError) as e: Config.from_dict(values)
-    assert message in str(e.value)
-
-
-def test_option_of_another_decoder_is_refused(monkeypatch):
-    monkeypatch.setitem(training.DECODER_OPTIONS, 'bag_of_words', dict(embed_dim='embed_dim', dropout='dropout'))
-    Config.from_dict(dict(decoder='bag_of_words', embed_dim=7))
-    with pytest.raises(ConfigError, match='attention_dim=7: the decoder bag_of_words has no such option'):
-        Config.from_dict(dict(decoder='bag_of_words', attention_dim=7))
-
-
-def test_config_round_trip_hash_and_help(tmp_path):
-    c = Config.from_dict(dict(lr=1, encoder_mean='0.5'))
-    (tmp_path/'config.json').write_text(c.to_json())
-    assert Config.load(tmp_path/'config.json') == c and type(c.lr) is float
-    assert c.hash() == dataclasses.replace(c, name='x', runs_dir='y').hash() != dataclasses.replace(c, seed=1).hash()
-    (tmp_path/'config.json').write_text('{"epoch": 1}')
-    with pytest.raises(ConfigError, match="config.json: unknown field 'epoch'"): Config.load(tmp_path/'config.json')
-    assert len(config_help()) == len(dataclasses.fields(Config))
-    assert all(h.text and '=' not in h.text for h in config_help())   # papermill cannot see a parameter whose comment has a =
-    assert {c for c in demo_config().changed()} >= {'encoder', 'name'}
-
-
-def test_every_decoder_has_its_options():
-    assert set(training.DECODERS) == set(training.DECODER_OPTIONS)
 
 
 # Pieces
@@ -210,7 +166,7 @@ def test_damaged_files_are_named(done, tmp_path):
     folder = shutil.copytree(done.checkpoints/'best', tmp_path/'other')
     config = json.loads((folder/'config.json').read_text())
     (folder/'config.json').write_text(json.dumps(config | dict(hidden_dim=16)))
-    with pytest.raises(ValueError, match='model.safetensors does not fit AttentionLSTM'): load_model(folder)
+    with pytest.raises(ValueError, match='model.safetensors does not fit AttentionDecoder'): load_model(folder)
 
 
 def test_training_state_cannot_run_code(done, tmp_path):
@@ -411,3 +367,54 @@ def test_features_named_in_the_configuration(frozen, cache, tmp_path):
         Trainer(dataclasses.replace(c, features=str(path), encoder_mean='0.5'), tmp_path/'b', quiet=True).prepare()
     with pytest.raises(ValueError, match='lacks .* images'):
         Trainer(dataclasses.replace(c, features=str(path), num_images=30), tmp_path/'c', quiet=True).prepare()
+
+
+def test_frozen_encoder_is_written_once_a_run(frozen, tmp_path):
+    kept, = frozen.checkpoints.glob('encoder-*.safetensors')
+    for name in ('last', 'best'): assert (frozen.checkpoints/name/'encoder.safetensors').samefile(kept)
+    with open(frozen.checkpoints/'best'/'model.safetensors', 'rb') as f: assert b'encoder.model' not in f.read()
+    folder = shutil.copytree(frozen.checkpoints/'best', tmp_path/'best')
+    (folder/'encoder.safetensors').unlink()
+    with pytest.raises(FileNotFoundError, match='best lacks encoder.safetensors'): load_model(folder)
+    (folder/'encoder.safetensors').write_bytes(b'{')
+    with pytest.raises(ValueError, match='encoder.safetensors is damaged'): load_model(folder)
+
+
+# Own words in training, words from elsewhere
+
+@pytest.mark.parametrize('decoder', ['gru', 'attention_rnn', 'transformer'])
+def test_scheduled_sampling_is_resumed_bit_for_bit(decoder, cache, tmp_path, monkeypatch):
+    other = dict(decoder=decoder) | ({} if decoder.startswith('attention') else dict(attention_dim=512))
+    config = tiny(cache, epochs=2, sampling_ratio=0.5, sampling_start=0.2, **other)
+    whole = Trainer(config, tmp_path/'whole', quiet=True)
+    whole.fit()
+    first = Trainer(config, tmp_path/'halves', quiet=True).prepare()
+    end_epoch = Trainer.end_epoch
+    def stop(trainer):
+        end_epoch(trainer)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(Trainer, 'end_epoch', stop)
+    with pytest.raises(KeyboardInterrupt): first.fit()
+    monkeypatch.undo()
+    Trainer(config, tmp_path/'halves', quiet=True).fit()
+    assert weights(tmp_path/'whole') == weights(tmp_path/'halves') and losses(tmp_path/'whole') == losses(tmp_path/'halves')
+    plain = Trainer(dataclasses.replace(config, sampling_ratio=0., sampling_start=0.), tmp_path/'plain', quiet=True)
+    plain.fit()
+    assert losses(tmp_path/'plain') != losses(tmp_path/'whole')
+
+
+@pytest.mark.parametrize('freeze', [True, False])
+def test_word_vectors_of_another_width(freeze, cache, tmp_path):
+    "They are taken over, frozen or not, and a checkpoint needs their file no more"
+    rng = np.random.default_rng(0)
+    words = {w: rng.normal(size=5).round(4) for w in ('a', 'red', 'circle', 'square', 'blue', 'zebra')}
+    path = tmp_path/'glove.txt'
+    path.write_text(''.join(f'{w} {" ".join(map(str, v))}\n' for w, v in words.items()))
+    trainer = Trainer(tiny(cache, epochs=1, word_vectors=str(path), freeze_vectors=freeze), tmp_path/'run', quiet=True).prepare()
+    table, red = trainer.model.decoder.embedding.vectors.weight, trainer.vocab.words.index('red')
+    assert table.shape == (len(trainer.vocab), 5) and np.allclose(table[red].detach(), words['red'])
+    trainer.fit()
+    now = trainer.model.decoder.embedding.vectors.weight[red].detach()
+    assert np.allclose(now, words['red']) == freeze
+    path.unlink()
+    assert Captioner.load(trainer.run).caption(trainer.data.path(trainer.data.images[0]))
