@@ -37,7 +37,7 @@ class Slow:
     def possible(self, caption: tuple) -> bool:
         "Could `caption` go on? No words in a row come twice, and what must come still fits"
         runs = [caption[i:i + self.no_repeat] for i in range(len(caption) - self.no_repeat + 1)] if self.no_repeat else []
-        return len(set(runs)) == len(runs) and missing(caption, tuple(self.phrases)) <= self.max_len - len(caption)
+        return len(set(runs)) == len(runs) and missing(caption, tuple(self.phrases), self.bad_endings) <= self.max_len - len(caption)
 
     def may_end(self, caption: tuple) -> bool:
         "Could it be over after `caption`?"
@@ -63,7 +63,7 @@ class Slow:
                 if n < self.max_len and self.may_end(caption) and self.end not in self.banned:
                     logprob += predict(caption)[self.end]
                     found.append((list(caption), self.score(logprob, n + 1), logprob, True))
-                elif n == self.max_len and self.may_be_cut(caption):
+                elif n == self.max_len and n >= self.min_len and self.may_be_cut(caption):
                     found.append((list(caption), self.score(logprob, n), logprob, False))
         return sorted(found, key=rank)
 
@@ -119,8 +119,9 @@ def begun(caption: tuple, phrase: tuple) -> int:
 
 
 @lru_cache(None)
-def missing(caption: tuple, phrases: tuple) -> int:
-    "The fewest words after which all phrases are there, by trying"
-    words = sorted({w for p in phrases for w in p})
+def missing(caption: tuple, phrases: tuple, bad_endings: tuple = ()) -> int:
+    "The fewest words after which all phrases are there and the last word is no bad ending, by trying"
+    words = [*sorted({w for p in phrases for w in p}), None]
     for n in itertools.count():
-        if any(all(contains(caption + more, p) for p in phrases) for more in itertools.product(words, repeat=n)): return n
+        for more in itertools.product(words, repeat=n):
+            if all(contains(caption + more, p) for p in phrases) and not (n and more[-1] in bad_endings): return n

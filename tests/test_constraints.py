@@ -32,12 +32,12 @@ def test_repeats_are_found_in_all_rows(data, n):
 
 @settings(max_examples=40, deadline=None)
 @given(phrases=st.lists(st.lists(st.integers(3, 5), min_size=1, max_size=3).map(tuple), min_size=1, max_size=2, unique=True),
-       caption=st.lists(st.integers(3, 6), max_size=6).map(tuple))
-def test_the_automaton_knows_what_is_missing(phrases, caption):
-    words, table, far, met = automaton(phrases)
+       caption=st.lists(st.integers(3, 6), max_size=6).map(tuple), bad=st.sampled_from([(), (3, 4)]))
+def test_the_automaton_knows_what_is_missing(phrases, caption, bad):
+    words, table, far, met = automaton(phrases, bad)
     state = 0
     for w in caption: state = table[state, words.index(w) if w in words else -1].item()
-    assert far[state] == missing(caption, tuple(phrases))
+    assert far[state] == missing(caption, tuple(phrases), bad)
     if all(begun(caption, p) < len(p) for p in phrases): assert met[state] == sum(begun(caption, p) for p in phrases)
     assert (far[state] == 0) == (met[state] == sum(map(len, phrases)))
 
@@ -80,7 +80,7 @@ def test_padding_between_images_changes_nothing():
     (dict(forced=[9]), 'forced word 9 is not in the vocabulary of 6'), (dict(forced=[[3, 2]]), 'special token 2 is forced'),
     (dict(forced=[3], banned=[3]), 'word 3 is forced and banned'), (dict(forced=[[]]), 'empty phrase'),
     (dict(forced=[[3, 4, 3, 4]], no_repeat=2), r'\[3, 4, 3, 4\] repeats 2 words, which no_repeat=2 forbids'),
-    (dict(forced=[3, 4, 5], max_len=2), r'\[\[3\], \[4\], \[5\]\] need 3 words, max_len=2'), (dict(forced=['dog']), 'got text'),
+    (dict(forced=[3, 4, 5], max_len=2), r'\[\[3\], \[4\], \[5\]\] need 3 words, max_len=2'), (dict(forced=[3, 4], bad_endings=[3, 4], max_len=2), 'need 3 words'), (dict(forced=['dog']), 'got text'),
     (dict(forced='dog'), 'got text'), (dict(forced={7: [3]}), r'images \[7\], but there are 2 images'),
     (dict(forced={1: [9]}), 'forced word 9')])
 def test_what_cannot_be_is_refused(options, message):
