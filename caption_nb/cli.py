@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'parse_config', 'Follow', 'evaluation_line', 'launch', 'report', 'train', 'demo', 'presets', 'runs',
-           'caption', 'caption_photos', 'extract', 'check', 'usage', 'main']
+           'caption', 'find_checkpoint_folder', 'caption_photos', 'extract', 'check', 'usage', 'main']
 
-# %% ../nbs/90_cli.ipynb #9977cbef
+# %% ../nbs/90_cli.ipynb #eee21a92
 import dataclasses
 import html
 import json
@@ -25,10 +25,10 @@ from fastcore.basics import patch
 from .basics import human_time, nearest
 from .runs import Run, execute, experiment, find_run, list_runs, new_run, reproduce_command, score_lines, write_summary
 
-# %% ../nbs/90_cli.ipynb #2ec206c1
+# %% ../nbs/90_cli.ipynb #d7f4d93c
 if TYPE_CHECKING: from caption_nb.config import Config
 
-# %% ../nbs/90_cli.ipynb #bd16515d
+# %% ../nbs/90_cli.ipynb #82e88fa2
 def _group_class(group: str, fields: list[dataclasses.Field], values: dict[str, Any]) -> type:
     "A dataclass of the `fields` of one group, which tyro shows under one heading"
     import tyro
@@ -58,7 +58,7 @@ def _flags_class(config: 'Config', # The defaults
 
 ORDER = ('data', 'encoder', 'decoder', 'training', 'decoding', 'machine', 'record')
 
-# %% ../nbs/90_cli.ipynb #46fb3975
+# %% ../nbs/90_cli.ipynb #5c5a8b44
 def parse_config(argv: list[str], # Words of the command line after the command
                  command: str = 'train', # For the help page
                  doc: str = '', # What the command does
@@ -76,7 +76,7 @@ def parse_config(argv: list[str], # Words of the command line after the command
     values = {k: v for part in found.values() if isinstance(part, dict) for k, v in part.items()}
     return Config.from_dict(dataclasses.asdict(config) | values), {k: v for k, v in found.items() if not isinstance(v, dict)}
 
-# %% ../nbs/90_cli.ipynb #91d564a2
+# %% ../nbs/90_cli.ipynb #4bf31609
 class Follow:
     "Shows on the terminal what a kernel reports: call it with every message"
     def __init__(self, run: str | Path, # Run folder, whose metrics.jsonl is followed
@@ -114,7 +114,7 @@ class Follow:
         self.evaluations()
         if self.tty: self.write('\r\033[K')
 
-# %% ../nbs/90_cli.ipynb #0dc45451
+# %% ../nbs/90_cli.ipynb #d2828d4f
 @patch
 def evaluations(self: Follow):
     "Print a line for each evaluation that metrics.jsonl has since the last look"
@@ -126,7 +126,7 @@ def evaluations(self: Follow):
         self.offset = f.tell() - len(rest)
     for line in filter(None, map(evaluation_line, lines)): self.line(line)
 
-# %% ../nbs/90_cli.ipynb #1f092d7e
+# %% ../nbs/90_cli.ipynb #0338ecc0
 def evaluation_line(line: bytes | str, # A line of metrics.jsonl
                     ) -> str: # '' if it is no evaluation
     "An evaluation in words: epoch, scores, time"
@@ -138,7 +138,7 @@ def evaluation_line(line: bytes | str, # A line of metrics.jsonl
     when = f'epoch {row["epoch"]:g}: ' if isinstance(row.get('epoch'), (int, float)) else ''
     return f'{when}dev {scores}{after}'
 
-# %% ../nbs/90_cli.ipynb #1d60b5c7
+# %% ../nbs/90_cli.ipynb #f7d45b96
 def launch(config: 'Config', # What to run
            run_dir: str = '', # Exactly this folder, which must not exist; default: a new one in config.runs_dir
            quiet: bool = False, # Show no progress
@@ -170,7 +170,7 @@ def report(run: Path, # Run folder
     print(f'{what}\nrecord: {record}\ncontinue with: caption-nb train --resume {shlex.quote(str(run))}', file=sys.stderr)
     return 128 + signal.Signals[truth['signal']] if truth['signal'] else 130 if truth['status'] == 'interrupted' else 1
 
-# %% ../nbs/90_cli.ipynb #828ba507
+# %% ../nbs/90_cli.ipynb #8e7f5990
 def _resumed(argv: list[str], config: 'Config', extra: list[tuple], doc: str) -> 'Config':
     "The configuration of the run that `config.resume` names, with flags that do not alter what is trained"
     from caption_nb.config import Config
@@ -192,7 +192,7 @@ def _run_dir() -> tuple:
     text = 'Exactly this run folder, which must not exist; otherwise a new one in --runs-dir gets a name of its own.'
     return ('run_dir', Annotated[str, tyro.conf.arg(help=text)], dataclasses.field(default=''))
 
-# %% ../nbs/90_cli.ipynb #ba524b2d
+# %% ../nbs/90_cli.ipynb #8a2167cb
 def _preset() -> tuple:
     import tyro
     text = 'A preset (see caption-nb presets) or a YAML file, whose values the other flags change.'
@@ -211,7 +211,7 @@ def _take_preset(argv: list[str]) -> tuple[list[str], 'Config | None']:
     from caption_nb.config import load_preset
     return argv[:at] + argv[at + (1 if eq else 2):], load_preset(name)
 
-# %% ../nbs/90_cli.ipynb #38231df9
+# %% ../nbs/90_cli.ipynb #6170d764
 def train(argv: list[str]) -> int:
     "Train a captioner, caption and score the held-out photos, and record it all in a run folder."
     argv, preset = _take_preset(argv)
@@ -228,7 +228,7 @@ def demo(argv: list[str]) -> int:
     config, extra = parse_config(argv, 'demo', demo.__doc__, default=demo_config(), extra=[_run_dir()])
     return launch(config, extra['run_dir'])
 
-# %% ../nbs/90_cli.ipynb #7865ec57
+# %% ../nbs/90_cli.ipynb #12c9ee44
 def presets(argv: list[str]) -> int:
     "List the configurations that are shipped, for train --preset NAME."
     import tyro
@@ -252,39 +252,64 @@ def runs(argv: list[str]) -> int:
 
 
 def caption(argv: list[str]) -> int:
-    "Caption photos with the best checkpoint of a run."
+    "Caption photos with the best checkpoint of a run, or by the vote of several."
     import tyro
     from tyro.conf import Positional
+    def described(kind, text): return Annotated[kind, tyro.conf.arg(help=text)]
     def arguments(run: Annotated[Positional[str], tyro.conf.arg(metavar='RUN', help='Run folder, part of its name, or checkpoint folder.')],
                   photos: Annotated[Positional[tuple[str, ...]], tyro.conf.arg(metavar='PHOTO', help='Image files.')],
-                  beam: Annotated[int, tyro.conf.arg(help='Beam width.')] = 5,
-                  json: Annotated[bool, tyro.conf.arg(help='One JSON object a photo instead of plain lines.')] = False,
-                  device: Annotated[str, tyro.conf.arg(help='auto, cpu, cuda, mps.')] = 'auto',
-                  runs_dir: Annotated[str, tyro.conf.arg(help='Where names of runs are looked up.')] = 'papermill_runs'):
+                  also: described(tuple[str, ...], 'More runs, of the same vocabulary: all vote on every word.') = (),
+                  n: described(int, 'Captions of each photo, best first.') = 1,
+                  beam: described(int, "Beam width; 0 takes the run's, or N if that is more.") = 0,
+                  groups: described(int, 'Groups of a diverse beam; divides the width.') = 1,
+                  diversity: described(float, 'What a word costs a group for each time that an earlier group has it.') = 0.5,
+                  force: described(tuple[str, ...], 'Words or phrases that must come.') = (),
+                  sample: described(bool, 'Draw captions in place of searching the best.') = False,
+                  temperature: described(float, 'Of the draw: below 1 more careful.') = 1.0,
+                  top_k: described(int, 'Draw from so many words; 0 from all.') = 0,
+                  top_p: described(float, 'Draw from the fewest words of this probability.') = 1.0,
+                  seed: described(int, 'Of the draw.') = 0,
+                  json: described(bool, 'One JSON object a photo in place of plain lines.') = False,
+                  device: described(str, 'auto, cpu, cuda, mps.') = 'auto',
+                  runs_dir: described(str, 'Where names of runs are looked up.') = 'papermill_runs'):
         return dict(locals())
     a = tyro.cli(arguments, prog='caption-nb caption', description=caption.__doc__, args=argv)
-    return caption_photos(a['run'], a['photos'], a['beam'], a['json'], a['device'], a['runs_dir'])
+    folders = [find_checkpoint_folder(run, a['runs_dir']) for run in (a['run'], *a['also'])]
+    if a['sample']: options = {name: a[name] for name in ('n', 'temperature', 'top_k', 'top_p', 'seed')}
+    else: options = {name: a[name] for name in ('beam', 'groups', 'diversity')} | dict(n_best=a['n'], forced=a['force'])
+    if a['sample'] and (a['force'] or a['groups'] > 1): raise ValueError('--force and --groups are for searching: leave --sample out')
+    return caption_photos(folders, a['photos'], options, a['json'], a['device'])
 
-# %% ../nbs/90_cli.ipynb #f7dc5148
-def caption_photos(run: str, # Run folder, part of its name, or a checkpoint folder
+
+def find_checkpoint_folder(run: str, # Run folder, part of its name, or a checkpoint folder
+                           runs_dir: str = 'papermill_runs') -> Path:
+    "The checkpoint that `run` means"
+    return Path(run) if (Path(run)/'model.safetensors').is_file() else Run(run, runs_dir).checkpoint()
+
+# %% ../nbs/90_cli.ipynb #e87f70b7
+def caption_photos(folders: list[Path], # Checkpoint folders: one model, or several that vote
                    photos: tuple[str, ...], # Image files
-                   beam: int = 5, as_json: bool = False, device: str = 'auto', runs_dir: str = 'papermill_runs',
+                   options: dict[str, Any], # For `Captioner.search`, or with a temperature for `Captioner.sample`
+                   as_json: bool = False, device: str = 'auto',
                    ) -> int: # Exit status: 1 if a photo could not be read
-    "Print a caption of each of `photos`; one that cannot be read is named, and the others are captioned"
+    "Print captions of each of `photos`; one that cannot be read is named, and the others are captioned"
     from caption_nb.training import Captioner
     if not photos: raise ValueError('name at least one photo')
-    if beam < 1: raise ValueError(f'--beam {beam}: must be at least 1')
-    folder = Path(run) if (Path(run)/'model.safetensors').is_file() else Run(run, runs_dir).checkpoint()
-    captioner, status = Captioner.load(folder, device=device), 0
+    captioner, status = Captioner.load(folders, device=device), 0
+    how = captioner.sample if 'temperature' in options else captioner.search
+    if 'beam' in options: options = options | dict(beam=options['beam'] or max(captioner.config.beam, options['n_best']))
     for photo in photos:
-        try: text = captioner.caption(photo, beam=beam)
+        try: found = how([photo], **options)[0]
         except OSError as e:
             print(f'caption-nb caption: {e}', file=sys.stderr); status = 1
             continue
-        print(json.dumps(dict(photo=photo, caption=text), ensure_ascii=False) if as_json else f'{photo}: {text}', flush=True)
+        texts = [captioner.vocab.decode(h.tokens) for h in found]
+        row = dict(photo=photo, caption=texts[0], captions=[dict(caption=t, logprob=h.logprob, score=h.score) for t, h in zip(texts, found)])
+        if as_json: print(json.dumps(row, ensure_ascii=False), flush=True)
+        else: print('\n'.join(f'{photo}: {text}' for text in texts), flush=True)
     return status
 
-# %% ../nbs/90_cli.ipynb #d876536a
+# %% ../nbs/90_cli.ipynb #8a8496a2
 def extract(argv: list[str]) -> int:
     "Encode every photo once and store the features, for all runs that use this encoder."
     from caption_nb.training import prepare_data, prepare_encoder, prepare_source
@@ -311,7 +336,7 @@ def check(argv: list[str]) -> int:
     print(result)
     return 0 if result.ok else 1
 
-# %% ../nbs/90_cli.ipynb #c7c2745c
+# %% ../nbs/90_cli.ipynb #39856410
 COMMANDS = dict(demo=demo, check=check, extract=extract, train=train, presets=presets, runs=runs, caption=caption)
 
 
@@ -342,5 +367,5 @@ def main(argv: list[str] | None = None, # Default: the words of the command line
         print('\n'.join(f'caption-nb {name}: {line}' for line in str(e).splitlines()), file=sys.stderr)
         return 2
 
-# %% ../nbs/90_cli.ipynb #883cba68
+# %% ../nbs/90_cli.ipynb #6b17a7d1
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

@@ -9,7 +9,7 @@ __all__ = ['CHECKPOINT_FILES', 'FREE_FIELDS', 'concept_loss', 'CaptionModel', 'r
            'choose_device', 'Trainer', 'prepare_data', 'prepare_encoder', 'checked_store', 'prepare_source',
            'Explanation', 'Captioner', 'Evaluation', 'demo_config', 'main']
 
-# %% ../nbs/60_training.ipynb #8856e86b
+# %% ../nbs/60_training.ipynb #b5e13278
 import copy
 import errno
 import io
@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -35,21 +36,23 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .basics import atomic_write, read_json_lines, sync_folder, track
+from .basics import atomic_write, nearest, read_json_lines, sync_folder, track
 from .batches import Batch, CaptionBatches, EvalBatches, ImageSource
 from .config import Config, ConfigError, channel_values, make_decoder
 from .data import CaptionData, load_data, open_image
 from .decoder import Decoder, dropout
 from .decoding import Hypothesis, generate
 from .encoders import Encoder, load_weights, make_encoder
+from .ensemble import Ensemble
 from .features import FeatureStore, default_store_path, extract, load_images
 from .metrics import Scores, score
+from .sampling import sample as draw
 from .scenes import Grounding, grounding, make_scenes
 from .scheduled_sampling import mixed_inputs, sampling_ratio
-from .text import Vocab
+from .text import Vocab, tokenize_all
 from .vectors import WordVectors, read_vectors
 
-# %% ../nbs/60_training.ipynb #aa8e38be
+# %% ../nbs/60_training.ipynb #bfd66602
 def concept_loss(scores: Tensor, # (B, L, V) of each word in each cell
                  tokens: Tensor, # (B*k, T) word ids of the captions
                  specials: int = 4, # The first words of the vocabulary, which are no words
@@ -60,7 +63,7 @@ def concept_loss(scores: Tensor, # (B, L, V) of each word in each cell
     found = scores.float().logsumexp(1) - math.log(L)
     return F.binary_cross_entropy_with_logits(found[:, specials:], there[:, specials:])
 
-# %% ../nbs/60_training.ipynb #82369f7c
+# %% ../nbs/60_training.ipynb #559432ca
 class CaptionModel(nn.Module):
     "An encoder and a decoder: from pixels or stored features to the loss of captions"
     def __init__(self, encoder: Encoder, decoder: Decoder,
@@ -94,7 +97,7 @@ class CaptionModel(nn.Module):
         if self.concepts: terms['concepts'] = self.weight*concept_loss(self.concepts(grid), batch.tokens)
         return words + sum(terms.values()), words
 
-# %% ../nbs/60_training.ipynb #c249add0
+# %% ../nbs/60_training.ipynb #5821ed18
 def rate_factor(step: int, # Steps done so far
                 steps: int, # Steps in all
                 warmup: int, # Steps of the rise
@@ -105,7 +108,7 @@ def rate_factor(step: int, # Steps done so far
     if step < warmup: return (step + 1)/(warmup + 1)
     return 1. if schedule != 'cosine' else 0.5*(1 + math.cos(math.pi*(step - warmup)/max(1, steps - warmup)))
 
-# %% ../nbs/60_training.ipynb #c6caf220
+# %% ../nbs/60_training.ipynb #9363cab5
 class Ema:
     "Exponential moving average of what `model` learns"
     def __init__(self, model: nn.Module, # Parameters that need gradients, and buffers of training modules, are averaged
@@ -136,7 +139,7 @@ class Ema:
         finally:
             for n, t in self.learned(): t.copy_(mine[n])
 
-# %% ../nbs/60_training.ipynb #6a9e1926
+# %% ../nbs/60_training.ipynb #ee1015a8
 @dataclass
 class Machine:
     "How steps are computed, and how long a step took in each of the ways tried"
@@ -160,7 +163,7 @@ def time_step(model: CaptionModel, # Trained on nothing: gradients are thrown aw
         model.zero_grad(set_to_none=True)
     return min(times[1:])
 
-# %% ../nbs/60_training.ipynb #670f11c9
+# %% ../nbs/60_training.ipynb #9d9b8947
 def choose_machine(config: Config, # `threads` and `precision`: what it fixes is not measured
                    model: CaptionModel, # Not changed
                    batch: Batch, # A typical one, on the model's device
@@ -187,7 +190,7 @@ def choose_machine(config: Config, # `threads` and `precision`: what it fixes is
     finally: torch.set_num_threads(most)
     return Machine(best[1], best[2], seconds)
 
-# %% ../nbs/60_training.ipynb #9643e650
+# %% ../nbs/60_training.ipynb #0fc4fb27
 CHECKPOINT_FILES = ('model.safetensors', 'config.json', 'vocab.json', 'preprocess.json')
 
 
@@ -199,7 +202,7 @@ def recover_checkpoint(folder: str | Path) -> Path:
     for rest in (old, new): shutil.rmtree(rest, ignore_errors=True)
     return folder
 
-# %% ../nbs/60_training.ipynb #dba55a27
+# %% ../nbs/60_training.ipynb #0b0be156
 def write_checkpoint(folder: str | Path, # Its final name; replaced if it exists
                      files: dict[str, bytes | Path], # File name → content, or a file to share it with (linked if the disk can, else copied)
                      ) -> Path: # The same folder
@@ -228,7 +231,7 @@ def _link(source: Path, target: Path):
     try: os.link(source, target)
     except OSError: shutil.copy2(source, target)
 
-# %% ../nbs/60_training.ipynb #79f3d6fe
+# %% ../nbs/60_training.ipynb #7edf459d
 def model_files(model: CaptionModel, vocab: Vocab, config: Config,
                 encoder: Path | None = None, # File that already holds the encoder's weights; None: they go with the others
                 ) -> dict[str, bytes | Path]:
@@ -257,7 +260,7 @@ def find_checkpoint(folder: str | Path, # A checkpoint folder, or a run folder, 
                                 'copy the whole folder again')
     return folder
 
-# %% ../nbs/60_training.ipynb #4abb8468
+# %% ../nbs/60_training.ipynb #d34dbc1c
 def checkpoint_weights(folder: Path) -> dict[str, Tensor]: # Names as in `CaptionModel.state_dict`
     "All weights of the checkpoint in `folder`"
     weights = _read(folder, 'model.safetensors', lambda path: load_tensors(path.read_bytes()))
@@ -286,7 +289,7 @@ def load_model(folder: str | Path, # A checkpoint or run folder
     load_weights(decoder, part('decoder.'), str(folder/'model.safetensors'))
     return CaptionModel(encoder.freeze(), decoder.eval()), vocab, config
 
-# %% ../nbs/60_training.ipynb #4c67293b
+# %% ../nbs/60_training.ipynb #fb9e3030
 def search_options(config: Config, vocab: Vocab) -> dict: # Arguments of `generate`
     "How `config` wants captions to be searched"
     c = config
@@ -315,7 +318,7 @@ def caption_images(model: CaptionModel, # On any device
         found.update((id, hypotheses[0]) for id, hypotheses in zip(batch.ids, best))
     return found
 
-# %% ../nbs/60_training.ipynb #a26ae014
+# %% ../nbs/60_training.ipynb #cb217073
 def attention_maps(hypothesis: Hypothesis, # With attention
                    grid: tuple[int, int], # (gh, gw)
                    ) -> Tensor | None: # (T, gh, gw), or None if the decoder does not attend
@@ -325,7 +328,7 @@ def attention_maps(hypothesis: Hypothesis, # With attention
     if a.ndim == 3: a = a.mean(1)                                  # (T, L)
     return a[:len(hypothesis.tokens)].unflatten(-1, tuple(grid))
 
-# %% ../nbs/60_training.ipynb #ff7c3610
+# %% ../nbs/60_training.ipynb #72d6d139
 # What may be changed when a run is continued: it does not alter what is trained
 FREE_FIELDS = {'name', 'runs_dir', 'resume', 'device', 'threads', 'cache_dir', 'features', 'beam', 'log_every', 'patience'}
 
@@ -345,7 +348,7 @@ def choose_device(name: str = 'auto', # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f'device={name!r} cannot be used here: {str(e).splitlines()[0]}') from e
 
-# %% ../nbs/60_training.ipynb #d1acc017
+# %% ../nbs/60_training.ipynb #b8d4fdb7
 class Trainer:
     "One run: `prepare`, `fit`, `evaluate`; continues where the run folder's last checkpoint ended"
     def __init__(self, config: Config, # Checked
@@ -376,10 +379,10 @@ class Trainer:
         "Steps in all"
         return self.config.epochs*len(self.batches)
 
-# %% ../nbs/60_training.ipynb #1f924d30
+# %% ../nbs/60_training.ipynb #555a685c
 #| export
 
-# %% ../nbs/60_training.ipynb #948e5a45
+# %% ../nbs/60_training.ipynb #d9e9874b
 def prepare_data(config: Config, # Fields of the data group, `image_size` and `cache_dir`
                  quiet: bool = False, # No progress bar
                  ) -> CaptionData:
@@ -401,7 +404,7 @@ def prepare_encoder(config: Config) -> Encoder:
                            pad_type=c.encoder_pad_type or None, mean=channel_values(c.encoder_mean), std=channel_values(c.encoder_std))
     return encoder if c.encoder == 'scene_cnn' else encoder.freeze()
 
-# %% ../nbs/60_training.ipynb #ced8979d
+# %% ../nbs/60_training.ipynb #72037d65
 def checked_store(path: Path, data: CaptionData, encoder: Encoder, ids: Sequence[str], views: Sequence[str]) -> FeatureStore:
     "The store at `path`, refused unless it has the `views` of all `ids` by this `encoder`; it may hold more"
     store = FeatureStore(path, expect=dict(encoder=encoder.spec))
@@ -424,7 +427,7 @@ def prepare_source(config: Config, data: CaptionData, encoder: Encoder, quiet: b
         if path.is_file(): return checked_store(path, data, encoder, ids, views)
     return extract(data, encoder, path, views=views, quiet=quiet)
 
-# %% ../nbs/60_training.ipynb #3d9ec08e
+# %% ../nbs/60_training.ipynb #7c645d69
 @patch
 def prepare(self: Trainer) -> Trainer:
     "Data, vocabulary, encoder, features, model, optimiser; and the state of the last checkpoint, if there is one"
@@ -440,8 +443,8 @@ def prepare(self: Trainer) -> Trainer:
     self.batches = CaptionBatches(self.data, self.vocab, 'train', self.source, c.images_per_batch, c.captions_per_image, c.seed,
                                   max_words=c.max_words, flip=c.flip)
     torch.manual_seed(c.seed)   # again: weights must not depend on whether features were extracted or found
-    self.vectors = read_vectors(c.word_vectors, self.vocab.words, quiet=self.quiet) if c.word_vectors else None
-    decoder = make_decoder(c, self.vocab, encoder, self.vectors.dim if self.vectors else 0)
+    self.vectors = self._read_vectors() if c.word_vectors else None
+    decoder = make_decoder(c, self.vocab, encoder, self.vectors.width if self.vectors else 0)
     if self.vectors: decoder.embedding.load(torch.from_numpy(self.vectors.matrix), c.freeze_vectors)
     self.model = CaptionModel(encoder, decoder, c.concepts, c.feature_dropout).to(self.device)
     self._prepare_optimizer()
@@ -455,7 +458,14 @@ def prepare(self: Trainer) -> Trainer:
         if not (self.run/'config.json').exists(): atomic_write(self.run/'config.json', c.to_json())
     return self
 
-# %% ../nbs/60_training.ipynb #14e4441b
+# %% ../nbs/60_training.ipynb #7cb13823
+@patch
+def _read_vectors(self: Trainer) -> WordVectors:
+    c = self.config
+    counts = Counter(word for words in tokenize_all(self.data.train_captions(), c.tokenizer) for word in words)
+    return read_vectors(c.word_vectors, self.vocab.words, counts, c.seed, self.quiet)
+
+
 @patch
 def _prepare_optimizer(self: Trainer):
     groups, c = [], self.config
@@ -466,7 +476,7 @@ def _prepare_optimizer(self: Trainer):
     self.parameters = [p for g in groups for p in g['params']]
     self.optimizer = torch.optim.AdamW(groups, fused=self.device.type in ('cpu', 'cuda'))
 
-# %% ../nbs/60_training.ipynb #2a63146c
+# %% ../nbs/60_training.ipynb #10c49a43
 @patch
 def state(self: Trainer) -> dict:
     "All that resuming needs besides the weights"
@@ -500,7 +510,7 @@ def _encoder_file(self: Trainer) -> Path:
         atomic_write(path, weight_bytes({f'encoder.{n}': t for n, t in encoder.state_dict().items()}))
     return path
 
-# %% ../nbs/60_training.ipynb #c0dd8fac
+# %% ../nbs/60_training.ipynb #3587ff72
 @patch
 def load(self: Trainer, folder: Path, # checkpoints/last
          ):
@@ -522,7 +532,7 @@ def load(self: Trainer, folder: Path, # checkpoints/last
     kept = [row for row in self.history if row['step'] <= self.step]   # what was logged after this checkpoint happens again
     atomic_write(self.run/'metrics.jsonl', ''.join(json.dumps(row) + '\n' for row in kept))
 
-# %% ../nbs/60_training.ipynb #f7107374
+# %% ../nbs/60_training.ipynb #8878fcba
 @patch
 def _check_same(self: Trainer, state: dict):
     now, free = self.config.to_dict(), FREE_FIELDS | ({'epochs'} if self.config.schedule != 'cosine' else set())
@@ -532,7 +542,7 @@ def _check_same(self: Trainer, state: dict):
     if other: raise ConfigError(f'{self.run} cannot be continued with this configuration: {"; ".join(other)}. '
                                 'Change it back, or start a new run')
 
-# %% ../nbs/60_training.ipynb #c1a07bea
+# %% ../nbs/60_training.ipynb #35bbf933
 @patch
 def train_step(self: Trainer, batch: Batch):
     "Forward, backward and update on `batch`"
@@ -555,7 +565,7 @@ def train_step(self: Trainer, batch: Batch):
     self.tick = now
     if self.step % c.log_every == 0: self.log_steps()
 
-# %% ../nbs/60_training.ipynb #fb7315d3
+# %% ../nbs/60_training.ipynb #f7afeea5
 @patch
 def _check_finite(self: Trainer, loss: float, step: int):
     if not math.isfinite(loss):
@@ -581,7 +591,7 @@ def log(self: Trainer, **values):
     row = dict(step=self.step, epoch=round(self.step/len(self.batches), 4), seconds=round(self.seconds, 3)) | values
     with open(self.run/'metrics.jsonl', 'a', encoding='utf-8') as f: f.write(json.dumps(row) + '\n')
 
-# %% ../nbs/60_training.ipynb #d70dbe2f
+# %% ../nbs/60_training.ipynb #82076427
 @patch
 def end_epoch(self: Trainer):
     "Log, score the dev split, keep the best, write the checkpoint"
@@ -602,7 +612,7 @@ def end_epoch(self: Trainer):
             if self.best_epoch == self.epoch: self.save('best')
     self.save('last')
 
-# %% ../nbs/60_training.ipynb #918e238f
+# %% ../nbs/60_training.ipynb #5a708ae2
 @patch
 def judge(self: Trainer, cider: float):
     "Is `cider` the best dev score so far? If not for long: lower the learning rate (plateau), or stop"
@@ -612,7 +622,7 @@ def judge(self: Trainer, cider: float):
     if c.schedule == 'plateau' and self.stalled > c.plateau_patience: self.scale, self.stalled = self.scale*c.plateau_factor, 0
     self.stopped = bool(c.patience) and self.bad >= c.patience
 
-# %% ../nbs/60_training.ipynb #393a88f6
+# %% ../nbs/60_training.ipynb #9d3f29cc
 @patch
 def fit(self: Trainer, on_eval: Callable[[list[dict]], None] | None = None, # Called after each evaluation with the lines of metrics.jsonl
         ) -> list[dict]: # The lines of metrics.jsonl
@@ -631,7 +641,7 @@ def fit(self: Trainer, on_eval: Callable[[list[dict]], None] | None = None, # Ca
         if self.interrupted: raise KeyboardInterrupt('stopped at the end of the training, all of it is saved')
     return self.history
 
-# %% ../nbs/60_training.ipynb #72d879e6
+# %% ../nbs/60_training.ipynb #2a1b6b30
 @patch
 def _epochs(self: Trainer, on_eval: Callable | None) -> Iterator[Batch]:
     while self.epoch < self.config.epochs and not self.stopped:
@@ -650,7 +660,7 @@ def status(self: Trainer) -> str:
     dev = f', dev CIDEr {self.best:.3f} (epoch {self.best_epoch})' if self.best_epoch else ''
     return f'epoch {min(self.epoch + 1, self.config.epochs)}/{self.config.epochs}{loss}{dev}'
 
-# %% ../nbs/60_training.ipynb #d8b0cc70
+# %% ../nbs/60_training.ipynb #7db09b27
 @patch
 def _sample_batch(self: Trainer) -> Batch:
     batches = iter(copy.copy(self.batches))   # a copy: the place in the order stays what it is
@@ -673,7 +683,7 @@ def _loop_settings(self: Trainer) -> Iterator[None]:
         torch.set_num_threads(threads)
         if main: signal.signal(signal.SIGINT, before)
 
-# %% ../nbs/60_training.ipynb #a286ee7b
+# %% ../nbs/60_training.ipynb #f45b614c
 @dataclass
 class Explanation:
     "A caption, and where the decoder looked at each of its words"
@@ -685,52 +695,91 @@ class Explanation:
     @property
     def caption(self) -> str: return ' '.join(self.words)
 
-# %% ../nbs/60_training.ipynb #8f7dc4a9
+# %% ../nbs/60_training.ipynb #fa454f25
 class Captioner:
-    "A trained model that captions images: `Captioner.load(folder).caption('photo.jpg')`"
-    def __init__(self, model: CaptionModel, vocab: Vocab, config: Config, device: str = 'auto'):
+    "A trained model that captions images, or several that vote: `Captioner.load(folder).caption('photo.jpg')`"
+    def __init__(self, models: CaptionModel | Sequence[CaptionModel], # Each with its own encoder and any decoder
+                 vocab: Vocab, # The same for all
+                 config: Config, # Its decoding group counts
+                 device: str = 'auto'):
         self.device = choose_device(device)
-        self.model, self.vocab, self.config = model.to(self.device).eval(), vocab, config
+        models = [models] if isinstance(models, CaptionModel) else list(models)
+        self.models, self.vocab, self.config = [m.to(self.device).eval() for m in models], vocab, config
+        self.decoder = models[0].decoder if len(models) == 1 else Ensemble([m.decoder for m in models])
+
+    @property
+    def model(self) -> CaptionModel:
+        "The first, which pictures and figures are made for"
+        return self.models[0]
 
     @classmethod
-    def load(cls, folder: str | Path, # A checkpoint folder, or a run folder
+    def load(cls, folder: str | Path | Sequence[str | Path], # A checkpoint folder, or a run folder; or several, to vote on every word
              device: str = 'auto', # Where to compute
              ) -> 'Captioner':
         "The captioner in `folder`; needs nothing but its files"
-        return cls(*load_model(folder), device)
+        folders = [folder] if isinstance(folder, (str, Path)) else list(folder)
+        models, vocabs, configs = zip(*map(load_model, folders))
+        for other, vocab in zip(folders, vocabs):
+            if vocab != vocabs[0]:
+                raise ValueError(f'{other} has another vocabulary ({len(vocab)} words) than {folders[0]} ({len(vocabs[0])} words): '
+                                 'only models with the same words in the same order can vote')
+        return cls(models, vocabs[0], configs[0], device)
 
-    def images(self, photos: Sequence[str | Path | Image.Image]) -> Tensor: # (n, 3, H, W) uint8
+    def images(self, photos: Sequence[str | Path | Image.Image], model: CaptionModel | None = None) -> Tensor: # (n, 3, H, W) uint8
         "`photos` at the encoder's size"
-        opened = [p if isinstance(p, Image.Image) else open_image(p) for p in photos]
-        return torch.stack([self.model.encoder.transform(p.convert('RGB')) for p in opened])
+        opened, encoder = [p if isinstance(p, Image.Image) else open_image(p) for p in photos], (model or self.model).encoder
+        return torch.stack([encoder.transform(p.convert('RGB')) for p in opened])
 
-# %% ../nbs/60_training.ipynb #3fa32f7a
+# %% ../nbs/60_training.ipynb #cc608584
+@patch
+def _apply(self: Captioner, how: Callable, photos: Sequence, options: dict) -> list[list[Hypothesis]]:
+    "`how(decoder, grid)` for all `photos`, 32 at a time; `options` over those of the configuration"
+    options, found = search_options(self.config, self.vocab) | options, []
+    if 'forced' in options: options['forced'] = [self.ids(words) if isinstance(words, str) else words for words in options['forced']]
+    for i in range(0, len(photos), 32):
+        grids = [m.encoder.encode_batch(self.images(photos[i:i + 32], m), 'fp32') for m in self.models]
+        found += how(self.decoder, grids[0] if len(grids) == 1 else grids, **options)
+    return found
+
+
+@patch
+def ids(self: Captioner, words: str) -> list[int]:
+    "The numbers of `words`; each must be in the vocabulary"
+    tokens = tokenize_all([words], self.vocab.tokenizer)[0]
+    for word in tokens:
+        if word not in self.vocab.words: raise ValueError(f'the model does not know the word {word!r}: {nearest(word, self.vocab.words)}')
+    return [self.vocab.words.index(word) for word in tokens]
+
+
 @patch
 def search(self: Captioner, photos: Sequence[str | Path | Image.Image], # n photos
            beam: int | None = None, # Width; None takes the configuration's
-           **options, # For `generate`
+           **options, # For `generate`; `forced` may hold words and phrases
            ) -> list[list[Hypothesis]]: # Of each photo, best first
-    "Captions of `photos` as hypotheses"
-    c, found, v = self.config, [], self.vocab
-    beam = c.beam if beam is None else beam
-    options = dict(max_len=c.max_len, length_norm=c.length_norm, banned=(v.unk_id,) if c.ban_unk else ()) | options
-    for i in range(0, len(photos), 32):
-        grid = self.model.encoder.encode_batch(self.images(photos[i:i + 32]), 'fp32')
-        found += generate(self.model.decoder, grid, beam, start_id=v.start_id, end_id=v.end_id, pad_id=v.pad_id, **options)
-    return found
+    "The best captions of `photos` as hypotheses"
+    return self._apply(generate, photos, dict(width=self.config.beam if beam is None else beam) | options)
+
+
+@patch
+def sample(self: Captioner, photos: Sequence[str | Path | Image.Image], # n photos
+           n: int = 5, # Captions of each
+           **options, # For `sampling.sample`: temperature, top_k, top_p, seed
+           ) -> list[list[Hypothesis]]: # Of each photo, in the order drawn
+    "Captions of `photos` drawn from the model's distribution"
+    return self._apply(draw, photos, dict(n=n) | options)
 
 
 @patch
 def caption(self: Captioner, photos: str | Path | Image.Image | Sequence, # A path, an image, or a list of them
             beam: int | None = None, # Width; None takes the configuration's
-            **options, # For `generate`: max_len, length_norm, banned
+            **options, # For `generate`: max_len, length_norm, no_repeat, forced
             ) -> str | list[str]: # One caption, or a list of them
     "Caption `photos`"
     one = isinstance(photos, (str, Path, Image.Image))
     found = [self.vocab.decode(h[0].tokens) for h in self.search([photos] if one else list(photos), beam, **options)]
     return found[0] if one else found
 
-# %% ../nbs/60_training.ipynb #8377c059
+# %% ../nbs/60_training.ipynb #ab22884b
 @patch
 def explain(self: Captioner, photo: str | Path | Image.Image, # One photo
             beam: int | None = None, # Width; None takes the configuration's
@@ -742,7 +791,7 @@ def explain(self: Captioner, photo: str | Path | Image.Image, # One photo
     seen = Image.fromarray(self.images([photo])[0].permute(1, 2, 0).numpy())
     return Explanation(seen, [self.vocab.words[i] for i in h.tokens], attention_maps(h, self.model.encoder.grid), h.score)
 
-# %% ../nbs/60_training.ipynb #05dde144
+# %% ../nbs/60_training.ipynb #4e4dee38
 @dataclass
 class Evaluation:
     "Captions of a split and what they score"
@@ -761,7 +810,7 @@ class Evaluation:
         if g := self.grounding: row['grounding'] = dict(pointing=g.pointing, chance=g.chance, ratio=g.ratio, words=g.n)
         return row
 
-# %% ../nbs/60_training.ipynb #effc34e4
+# %% ../nbs/60_training.ipynb #e8ce6b04
 @patch
 def evaluate(self: Trainer, split: str = 'dev', # Which split
              width: int | None = None, # Beam width; None takes the configuration's
@@ -784,7 +833,7 @@ def evaluate(self: Trainer, split: str = 'dev', # Which split
     atomic_write(path, json.dumps(results, indent=1) + '\n')
     return result
 
-# %% ../nbs/60_training.ipynb #0ebebd09
+# %% ../nbs/60_training.ipynb #23b4d2f9
 def demo_config(**changes, # Fields to set otherwise
                 ) -> Config:
     "The configuration of the demo: 2,000 drawn scenes, a small encoder trained jointly"
@@ -794,7 +843,7 @@ def demo_config(**changes, # Fields to set otherwise
                 threads=1)   # its operations are so small that a second thread mostly waits
     return Config.from_dict(demo | changes)
 
-# %% ../nbs/60_training.ipynb #c38aeb66
+# %% ../nbs/60_training.ipynb #cde7122c
 def main(arguments: Sequence[str] | None = None) -> int:
     "`python -m caption_nb.training RUN`: train the run folder's config.json to the end and evaluate on dev"
     arguments = sys.argv[1:] if arguments is None else list(arguments)
