@@ -162,9 +162,9 @@ def test_share_of_own_words():
 def test_own_words_follow_the_softmax():
     torch.manual_seed(0)
     logits = torch.randn(3, V)*2
-    drawn = own_words(logits.repeat_interleave(40_000, 0), never=[0, 1, 7]).view(3, -1)
+    drawn = own_words(logits.repeat_interleave(20_000, 0), never=[0, 1, 7]).view(3, -1)
     logits[:, [0, 1, 7]] = -math.inf
-    for row, p in zip(drawn, logits.softmax(1)): torch.testing.assert_close(row.bincount(minlength=V)/40_000, p, atol=0.01, rtol=0)
+    for row, p in zip(drawn, logits.softmax(1)): torch.testing.assert_close(row.bincount(minlength=V)/20_000, p, atol=0.015, rtol=0)
     assert torch.equal(own_words(logits, sample=False), logits.argmax(1))
     assert own_words(logits.bfloat16()).dtype == torch.int64 and own_words(logits[:0]).shape == (0,)
 
@@ -223,7 +223,8 @@ def test_strange_models_and_batches():
 
 # ---- the schedule -----------------------------------------------------------------------------------------------
 
-@given(st.sampled_from(['linear', 'exponential', 'sigmoid']), st.floats(0, 1), st.floats(0, 1), st.floats(0, 0.99), st.integers(1, 1000))
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(['linear', 'exponential', 'sigmoid']), st.floats(0, 1), st.floats(0, 1), st.floats(0, 0.99), st.integers(1, 200))
 def test_ratio_runs_from_start_to_end(schedule, start, end, begin, steps):
     ratios = [sampling_ratio(i, steps, start, end, schedule, begin) for i in range(steps + 1)]
     assert all(0 <= r <= 1 for r in ratios) and ratios[-1] == pytest.approx(end, abs=1e-9)
