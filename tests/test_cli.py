@@ -246,7 +246,19 @@ def test_caption_from_a_run(demo, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(run.parent.parent)
     status, out, err = said(capsys, 'caption', run.name, str(photo), str(tmp_path/'broken.jpg'), '--beam', '2', '--json')
     assert status == 1 and 'broken.jpg' in err
-    assert json.loads(out) == dict(photo=str(photo), caption=Captioner.load(run).caption(photo, beam=2))
+    expected = Captioner.load(run).caption(photo, beam=2)
+    row = json.loads(out)
+    assert row['photo'] == str(photo) and row['caption'] == row['captions'][0]['caption'] == expected and len(row['captions']) == 1
+    _, out, _ = said(capsys, 'caption', run.name, str(photo), '--also', run.name, '--beam', '2')     # the vote of one model with itself
+    assert out == f'{photo}: {expected}\n'
+    _, out, _ = said(capsys, 'caption', run.name, str(photo), '--n', '3', '--beam', '6', '--groups', '3', '--force', 'green')
+    assert len(out.splitlines()) == 3 and all('green' in line.split() for line in out.splitlines())
+    draws = [said(capsys, 'caption', run.name, str(photo), '--sample', '--n', '4', '--temperature', '2', '--seed', seed)[1] for seed in '001']
+    assert draws[0] == draws[1] != draws[2] and len(draws[0].splitlines()) == 4
+    for words, message in ((['--force', 'gren'], "did you mean 'green'"), (['--sample', '--force', 'green'], '--force and --groups are for searching'),
+                           (['--sample', '--top-p', '2'], 'top_p must be above 0'), (['--groups', '2', '--beam', '3'], 'cannot be divided')):
+        status, _, err = said(capsys, 'caption', run.name, str(photo), *words)
+        assert status == 2 and message in err
     assert said(capsys, 'caption', str(run/'checkpoints'/'best'), str(photo))[0] == 0
     status, out, _ = said(capsys, 'runs', '--json')
     assert json.loads(out)['status'] == 'done' and 'demo' in said(capsys, 'runs')[1]
