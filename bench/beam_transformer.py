@@ -34,7 +34,7 @@ def mean_logprob(decoder: TransformerDecoder, grid: torch.Tensor, captions: list
 
 
 def run(quick: bool = False) -> list[Result]:
-    "49 regions, 11 and 20 words, fp32, ours in bf16, both in bf16"
+    "49 regions, 11 and 20 words: fp32, ours in bf16, and at 11 words both in bf16"
     torch.manual_seed(0)
     vocab, dim, ffn, layers, images, rounds = (500, 32, 64, 2, 4, 2) if quick else (9500, 512, 2048, 6, 64, 10)
     results = []
@@ -44,7 +44,7 @@ def run(quick: bool = False) -> list[Result]:
     grid = torch.randn(images, 49, dim).relu()
     for steps in (11, 20):
         exact = None
-        for low, peer_low in ((False, False), (True, False), (True, True)):
+        for low, peer_low in ((False, False), (True, False), (True, True))[:3 if steps == 11 else 2]:
             def mine():
                 with torch.autocast('cpu', torch.bfloat16, enabled=low):
                     return [found[0].tokens for found in generate(ours, grid, 5, steps, length_norm=0., banned=[END])]
