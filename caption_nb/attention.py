@@ -61,7 +61,10 @@ class ReluScore:
 
     def slope(self, active: Tensor) -> Tensor: return (active > 0).to(active.dtype)
 
-    def scores(self, query: Tensor, keys: Tensor, v: Tensor) -> Tensor: return self.active(query, keys) @ (self.scale*v)
+    def scores(self, query: Tensor, keys: Tensor, v: Tensor) -> Tensor:
+        room = 1 << (20 if keys.device.type == 'cpu' else 26)                       # numbers; on a CPU they stay in its cache
+        images = max(1, room//max(1, query.shape[2]*keys.shape[1:].numel()))
+        return torch.cat([self.active(q, k) @ (self.scale*v) for q, k in zip(query.split(images), keys.split(images))])
 
     def backward(self, de: Tensor, query: Tensor, keys: Tensor, v: Tensor, dkeys: Tensor, dv: Tensor) -> Tensor:
         active, flat = self.active(query, keys), de.reshape(1, -1)
