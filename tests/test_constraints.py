@@ -80,7 +80,8 @@ def test_padding_between_images_changes_nothing():
     (dict(forced=[9]), 'forced word 9 is not in the vocabulary of 6'), (dict(forced=[[3, 2]]), 'special token 2 is forced'),
     (dict(forced=[3], banned=[3]), 'word 3 is forced and banned'), (dict(forced=[[]]), 'empty phrase'),
     (dict(forced=[[3, 4, 3, 4]], no_repeat=2), r'\[3, 4, 3, 4\] repeats 2 words, which no_repeat=2 forbids'),
-    (dict(forced=[3, 4, 5], max_len=2), r'\[\[3\], \[4\], \[5\]\] need 3 words, max_len=2'), (dict(forced=[3, 4], bad_endings=[3, 4], max_len=2), 'need 3 words'), (dict(forced=['dog']), 'got text'),
+    (dict(forced=[3, 4, 5], max_len=2), r'\[\[3\], \[4\], \[5\]\] need 3 words, max_len=2'),
+    (dict(forced=[3, 4], bad_endings=[3, 4], max_len=2), 'need 3 words'), (dict(forced=['dog']), 'got text'),
     (dict(forced='dog'), 'got text'), (dict(forced={7: [3]}), r'images \[7\], but there are 2 images'),
     (dict(forced={1: [9]}), 'forced word 9')])
 def test_what_cannot_be_is_refused(options, message):

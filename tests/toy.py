@@ -1,10 +1,12 @@
-"""A tiny decoder with strong opinions in double precision, and what it says of a prefix, for the tests of decoding."""
+"""A tiny decoder with strong opinions in double precision, a strange one, and comparisons, for the tests of decoding."""
 from functools import lru_cache
 
+import pytest
 import torch
 from torch import nn
 
 from caption_nb.decoder import Decoder, rows_per_image
+from caption_nb.decoding import Hypothesis
 
 PAD, START, END = 0, 1, 2
 
@@ -43,6 +45,18 @@ class Toy(Decoder):
         return self.project(h), h[:, :4].softmax(-1) if attention else None, dict(h=h)
 
 
+class Strange(Toy):
+    "Image 0: NaN at once; 1: all -inf at once; 2: always <end>; 3: never <end>; 4: NaN from the third word; 5: +inf; 6: as it is"
+    def step(self, token, state, memory, attention=True):
+        logits, look, new = super().step(token, state, memory, attention)
+        kind = memory['grid'][:, 0, 0].repeat_interleave(len(token)//len(memory['grid']))
+        age = torch.zeros(len(token), 1) if state is None else state['age'] + 1
+        logits[kind == 0], logits[kind == 1] = torch.nan, -torch.inf
+        logits[kind == 2, END], logits[kind == 3, END] = 1e9, -torch.inf
+        logits[(kind == 4) & (age[:, 0] >= 2)], logits[kind == 5, 4] = torch.nan, torch.inf
+        return logits, look, new | dict(age=age)
+
+
 def toy(seed, vocab=6, images=2, **options):
     "A decoder and a grid"
     decoder = Toy(vocab, seed=seed, **options).eval()
@@ -57,3 +71,13 @@ def predictor(decoder, grid):
     def predict(prefix: tuple) -> list[float]:
         return decoder(memory, torch.tensor([[START, *prefix]]), False)[0][0, -1].log_softmax(-1).tolist()
     return predict
+
+
+def compare(hypotheses: list[Hypothesis], truth: list[tuple]):
+    "Equal to what a slow search found: (words, score, logprob, finished)"
+    if not truth:
+        h, = hypotheses
+        assert (h.tokens, h.finished, h.score, h.logprob, h.logprobs) == ([], False, -torch.inf, -torch.inf, [])
+        return
+    assert [(h.tokens, h.finished) for h in hypotheses] == [(t[0], t[3]) for t in truth]
+    for h, t in zip(hypotheses, truth): assert (h.score, h.logprob) == (pytest.approx(t[1], abs=1e-9), pytest.approx(t[2], abs=1e-9))
