@@ -1,5 +1,4 @@
 """Beam search: against brute force and a plain implementation, constraints, groups, the trace, strange decoders, and its edges."""
-import itertools
 import warnings
 
 import pytest

@@ -36,7 +36,7 @@ def plain_shortlist(p: list[float], temperature: float, top_k: int, top_p: float
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 999), temperature=st.sampled_from([0, .3, 1., 2.]), top_k=st.integers(0, 9),
-       top_p=st.sampled_from([.01, .5, .9, 1.]), V=st.sampled_from([7, 600]))
+       top_p=st.sampled_from([.01, .5, .9, 1.]), V=st.sampled_from([7, 600, 2100]))
 def test_the_shortlist_is_its_definition(seed, temperature, top_k, top_p, V):
     logprob = torch.randn(2, V, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).mul(2).log_softmax(-1)
     prob, word = shortlist(logprob, temperature, top_k, top_p)
