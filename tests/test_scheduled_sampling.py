@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from caption_nb.attention import AttentionDecoder
 from caption_nb.decoder import take
-from caption_nb.decoding import generate
+from caption_nb.decoding import evaluating, generate
 from caption_nb.recurrent import RecurrentDecoder
-from caption_nb.scheduled_sampling import choose_places, mixed_inputs, own_words, rolling_out, sampling_ratio
+from caption_nb.scheduled_sampling import choose_places, mixed_inputs, own_words, sampling_ratio
 from caption_nb.transformer import TransformerDecoder
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -200,7 +200,7 @@ def test_modes_come_back_also_after_an_error():
     decoder = DECODERS['gru, every, 2 layers']()
     decoder.layers[0].eval()   # a part that someone has frozen
     before = [m.training for m in decoder.modules()]
-    with pytest.raises(RuntimeError), rolling_out(decoder):
+    with pytest.raises(RuntimeError), evaluating(decoder):
         assert not any(m.training for m in decoder.modules())
         raise RuntimeError
     assert [m.training for m in decoder.modules()] == before and torch.is_grad_enabled()
