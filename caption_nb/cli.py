@@ -6,7 +6,7 @@
 __all__ = ['COMMANDS', 'parse_config', 'Follow', 'evaluation_line', 'launch', 'report', 'train', 'demo', 'presets', 'runs',
            'caption', 'find_checkpoint_folder', 'caption_photos', 'extract', 'check', 'usage', 'main']
 
-# %% ../nbs/90_cli.ipynb #eee21a92
+# %% ../nbs/90_cli.ipynb #a8fc6642
 import dataclasses
 import html
 import json
@@ -25,10 +25,10 @@ from fastcore.basics import patch
 from .basics import human_time, nearest
 from .runs import Run, execute, experiment, find_run, list_runs, new_run, reproduce_command, score_lines, write_summary
 
-# %% ../nbs/90_cli.ipynb #d7f4d93c
+# %% ../nbs/90_cli.ipynb #6a53949f
 if TYPE_CHECKING: from caption_nb.config import Config
 
-# %% ../nbs/90_cli.ipynb #82e88fa2
+# %% ../nbs/90_cli.ipynb #f726cda5
 def _group_class(group: str, fields: list[dataclasses.Field], values: dict[str, Any]) -> type:
     "A dataclass of the `fields` of one group, which tyro shows under one heading"
     import tyro
@@ -58,7 +58,7 @@ def _flags_class(config: 'Config', # The defaults
 
 ORDER = ('data', 'encoder', 'decoder', 'training', 'decoding', 'machine', 'record')
 
-# %% ../nbs/90_cli.ipynb #5c5a8b44
+# %% ../nbs/90_cli.ipynb #a40162dc
 def parse_config(argv: list[str], # Words of the command line after the command
                  command: str = 'train', # For the help page
                  doc: str = '', # What the command does
@@ -76,7 +76,7 @@ def parse_config(argv: list[str], # Words of the command line after the command
     values = {k: v for part in found.values() if isinstance(part, dict) for k, v in part.items()}
     return Config.from_dict(dataclasses.asdict(config) | values), {k: v for k, v in found.items() if not isinstance(v, dict)}
 
-# %% ../nbs/90_cli.ipynb #4bf31609
+# %% ../nbs/90_cli.ipynb #9214aded
 class Follow:
     "Shows on the terminal what a kernel reports: call it with every message"
     def __init__(self, run: str | Path, # Run folder, whose metrics.jsonl is followed
@@ -114,7 +114,7 @@ class Follow:
         self.evaluations()
         if self.tty: self.write('\r\033[K')
 
-# %% ../nbs/90_cli.ipynb #d2828d4f
+# %% ../nbs/90_cli.ipynb #6bcc29eb
 @patch
 def evaluations(self: Follow):
     "Print a line for each evaluation that metrics.jsonl has since the last look"
@@ -126,7 +126,7 @@ def evaluations(self: Follow):
         self.offset = f.tell() - len(rest)
     for line in filter(None, map(evaluation_line, lines)): self.line(line)
 
-# %% ../nbs/90_cli.ipynb #0338ecc0
+# %% ../nbs/90_cli.ipynb #dae79c3a
 def evaluation_line(line: bytes | str, # A line of metrics.jsonl
                     ) -> str: # '' if it is no evaluation
     "An evaluation in words: epoch, scores, time"
@@ -138,7 +138,7 @@ def evaluation_line(line: bytes | str, # A line of metrics.jsonl
     when = f'epoch {row["epoch"]:g}: ' if isinstance(row.get('epoch'), (int, float)) else ''
     return f'{when}dev {scores}{after}'
 
-# %% ../nbs/90_cli.ipynb #f7d45b96
+# %% ../nbs/90_cli.ipynb #650b0067
 def launch(config: 'Config', # What to run
            run_dir: str = '', # Exactly this folder, which must not exist; default: a new one in config.runs_dir
            quiet: bool = False, # Show no progress
@@ -170,7 +170,7 @@ def report(run: Path, # Run folder
     print(f'{what}\nrecord: {record}\ncontinue with: caption-nb train --resume {shlex.quote(str(run))}', file=sys.stderr)
     return 128 + signal.Signals[truth['signal']] if truth['signal'] else 130 if truth['status'] == 'interrupted' else 1
 
-# %% ../nbs/90_cli.ipynb #8e7f5990
+# %% ../nbs/90_cli.ipynb #691e60e3
 def _resumed(argv: list[str], config: 'Config', extra: list[tuple], doc: str) -> 'Config':
     "The configuration of the run that `config.resume` names, with flags that do not alter what is trained"
     from caption_nb.config import Config
@@ -192,7 +192,7 @@ def _run_dir() -> tuple:
     text = 'Exactly this run folder, which must not exist; otherwise a new one in --runs-dir gets a name of its own.'
     return ('run_dir', Annotated[str, tyro.conf.arg(help=text)], dataclasses.field(default=''))
 
-# %% ../nbs/90_cli.ipynb #8a2167cb
+# %% ../nbs/90_cli.ipynb #31504933
 def _preset() -> tuple:
     import tyro
     text = 'A preset (see caption-nb presets) or a YAML file, whose values the other flags change.'
@@ -211,7 +211,7 @@ def _take_preset(argv: list[str]) -> tuple[list[str], 'Config | None']:
     from caption_nb.config import load_preset
     return argv[:at] + argv[at + (1 if eq else 2):], load_preset(name)
 
-# %% ../nbs/90_cli.ipynb #6170d764
+# %% ../nbs/90_cli.ipynb #062b834d
 def train(argv: list[str]) -> int:
     "Train a captioner, caption and score the held-out photos, and record it all in a run folder."
     argv, preset = _take_preset(argv)
@@ -228,7 +228,7 @@ def demo(argv: list[str]) -> int:
     config, extra = parse_config(argv, 'demo', demo.__doc__, default=demo_config(), extra=[_run_dir()])
     return launch(config, extra['run_dir'])
 
-# %% ../nbs/90_cli.ipynb #12c9ee44
+# %% ../nbs/90_cli.ipynb #2c5dd05f
 def presets(argv: list[str]) -> int:
     "List the configurations that are shipped, for train --preset NAME."
     import tyro
@@ -251,8 +251,7 @@ def runs(argv: list[str]) -> int:
     return 0
 
 
-def caption(argv: list[str]) -> int:
-    "Caption photos with the best checkpoint of a run, or by the vote of several."
+def _caption_arguments(argv: list[str]) -> dict[str, Any]:
     import tyro
     from tyro.conf import Positional
     def described(kind, text): return Annotated[kind, tyro.conf.arg(help=text)]
@@ -273,7 +272,12 @@ def caption(argv: list[str]) -> int:
                   device: described(str, 'auto, cpu, cuda, mps.') = 'auto',
                   runs_dir: described(str, 'Where names of runs are looked up.') = 'papermill_runs'):
         return dict(locals())
-    a = tyro.cli(arguments, prog='caption-nb caption', description=caption.__doc__, args=argv)
+    return tyro.cli(arguments, prog='caption-nb caption', description=caption.__doc__, args=argv)
+
+# %% ../nbs/90_cli.ipynb #93b48f97
+def caption(argv: list[str]) -> int:
+    "Caption photos with the best checkpoint of a run, or by the vote of several."
+    a = _caption_arguments(argv)
     folders = [find_checkpoint_folder(run, a['runs_dir']) for run in (a['run'], *a['also'])]
     if a['sample']: options = {name: a[name] for name in ('n', 'temperature', 'top_k', 'top_p', 'seed')}
     else: options = {name: a[name] for name in ('beam', 'groups', 'diversity')} | dict(n_best=a['n'], forced=a['force'])
@@ -286,7 +290,7 @@ def find_checkpoint_folder(run: str, # Run folder, part of its name, or a checkp
     "The checkpoint that `run` means"
     return Path(run) if (Path(run)/'model.safetensors').is_file() else Run(run, runs_dir).checkpoint()
 
-# %% ../nbs/90_cli.ipynb #e87f70b7
+# %% ../nbs/90_cli.ipynb #34e6f96f
 def caption_photos(folders: list[Path], # Checkpoint folders: one model, or several that vote
                    photos: tuple[str, ...], # Image files
                    options: dict[str, Any], # For `Captioner.search`, or with a temperature for `Captioner.sample`
@@ -309,7 +313,7 @@ def caption_photos(folders: list[Path], # Checkpoint folders: one model, or seve
         else: print('\n'.join(f'{photo}: {text}' for text in texts), flush=True)
     return status
 
-# %% ../nbs/90_cli.ipynb #8a8496a2
+# %% ../nbs/90_cli.ipynb #cfdc8f84
 def extract(argv: list[str]) -> int:
     "Encode every photo once and store the features, for all runs that use this encoder."
     from caption_nb.training import prepare_data, prepare_encoder, prepare_source
@@ -336,7 +340,7 @@ def check(argv: list[str]) -> int:
     print(result)
     return 0 if result.ok else 1
 
-# %% ../nbs/90_cli.ipynb #39856410
+# %% ../nbs/90_cli.ipynb #415750fa
 COMMANDS = dict(demo=demo, check=check, extract=extract, train=train, presets=presets, runs=runs, caption=caption)
 
 
@@ -367,5 +371,5 @@ def main(argv: list[str] | None = None, # Default: the words of the command line
         print('\n'.join(f'caption-nb {name}: {line}' for line in str(e).splitlines()), file=sys.stderr)
         return 2
 
-# %% ../nbs/90_cli.ipynb #6b17a7d1
+# %% ../nbs/90_cli.ipynb #85f670e0
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

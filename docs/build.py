@@ -204,7 +204,7 @@ def relink(text: str, page: Page, targets: dict[str, str]) -> str:
     "Links to notebooks and files of the repository become links to their pages, or to the file at its public home"
     def link(match):
         label, address, anchor = match[1], match[2], match[3] or ''
-        if re.match(r'[a-z]+:|#|/', address): return match[0]
+        if not address or re.match(r'[a-z]+:|/', address): return match[0]   # an anchor of this page, another site
         candidates = [Path(os.path.normpath(page.source.parent/address)), Path(os.path.normpath(address))]
         for path in candidates:
             if path.as_posix() in targets:

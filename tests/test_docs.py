@@ -33,6 +33,8 @@ def test_links_lead_to_pages():
     page, targets = build.Page(Path('nbs/05_text.ipynb'), 'text'), {'nbs/10_data.ipynb': 'data.ipynb', 'index.ipynb': 'index.ipynb'}
     assert build.relink('[d](10_data.ipynb) [h](../index.ipynb) [w](https://x.org/a.ipynb)', page, targets) == \
         '[d](data.ipynb) [h](index.ipynb) [w](https://x.org/a.ipynb)'
+    entry = '[`Vocab`](#caption_nb.text.Vocab-class) [s](05_text.ipynb#words)'
+    assert build.relink(entry, page, targets | {'nbs/05_text.ipynb': 'text.ipynb'}) == entry.replace('05_text', 'text')
     with pytest.raises(SystemExit, match=r'05_text.ipynb: link to 99_nothing.ipynb'): build.relink('[x](99_nothing.ipynb)', page, targets)
 
 
