@@ -41,7 +41,9 @@ def launch(folder: Path, *cells: str) -> tuple[subprocess.Popen, Path]:
         from caption_nb.runs import execute
         truth = execute({str(notebook(folder, *cells))!r}, {str(run)!r}, every=0.5)
         print(truth["status"], truth["signal"])'''
-    process = subprocess.Popen([sys.executable, '-c', textwrap.dedent(code)], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    def listen(): signal.signal(signal.SIGHUP, signal.SIG_DFL)     # under nohup the tests ignore it, and what they start would too
+    process = subprocess.Popen([sys.executable, '-c', textwrap.dedent(code)], stdout=subprocess.PIPE, text=True, start_new_session=True,
+                               preexec_fn=listen)
     return process, run
 
 
