@@ -47,6 +47,6 @@ def compare(name: str, ours: Callable[[], object], peer: Callable[[], object], c
 
 def table(results: list[Result]) -> str:
     "A plain table of results"
-    head = f'{"benchmark":<34}{"ours":>12}{"peer":>12}{"ratio":>8}  {"spread":<15}unit'
-    rows = [f'{r.name:<34}{r.ours:>12,.1f}{r.peer:>12,.1f}{r.ratio:>8.2f}  {r.spread[0]:>5.2f} – {r.spread[1]:<7.2f}{r.unit}' for r in results]
+    head = f'{"benchmark":<46}{"ours":>12}{"peer":>12}{"ratio":>8}  {"spread":<15}unit'
+    rows = [f'{r.name:<46}{r.ours:>12,.1f}{r.peer:>12,.1f}{r.ratio:>8.2f}  {r.spread[0]:>5.2f} – {r.spread[1]:<7.2f}{r.unit}' for r in results]
     return '\n'.join([head, '-'*len(head), *rows])
