@@ -418,3 +418,20 @@ def test_word_vectors_of_another_width(freeze, cache, tmp_path):
     assert np.allclose(now, words['red']) == freeze
     path.unlink()
     assert Captioner.load(trainer.run).caption(trainer.data.path(trainer.data.images[0]))
+
+
+# Several models
+
+def test_models_of_other_encoders_and_decoders_vote(frozen, cache, tmp_path):
+    "Each gets its own features; only the same words can be voted on"
+    second = Trainer(tiny(cache, decoder='gru', attention_dim=512, num_images=20, image_size=96, epochs=1), tmp_path/'gru', quiet=True)
+    second.fit()
+    photo = frozen.data.path(frozen.data.images[0])
+    both = Captioner.load([frozen.run, second.run])
+    assert isinstance(both.caption(photo), str)
+    for captioner in (both, Captioner.load([second.run, frozen.run])):                             # the maps of the one that attends
+        assert captioner.explain(photo).attention.shape[1:] == frozen.model.encoder.grid != second.model.encoder.grid
+    assert [len(g) for g in both.sample([photo], n=3)] == [3]
+    other = Trainer(tiny(cache, num_images=20, epochs=1, min_freq=3), tmp_path/'other', quiet=True)
+    other.fit()
+    with pytest.raises(ValueError, match=r'other has another vocabulary \(\d+ words\) than .*gru'): Captioner.load([second.run, other.run])
