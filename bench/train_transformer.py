@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bench.common import Result, compare
-from bench.train_attention import inputs_targets, random_captions
+from bench.train_attention import inputs_targets, random_captions, trainer
 from caption_nb.encoders import import_timm
 from caption_nb.transformer import TransformerDecoder, sinusoids
 
@@ -93,19 +93,6 @@ def peer_loss(model: nn.Module, grid: torch.Tensor, tokens: torch.Tensor) -> tor
     return model(input_ids=tokens, encoder_hidden_states=cells, labels=tokens.masked_fill(tokens == 0, -100), use_cache=False).loss
 
 
-def trainer(model, loss, grid, tokens, low):
-    "One training step, ready to be timed"
-    adam = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
-    def step():
-        adam.zero_grad()
-        with torch.autocast('cpu', torch.bfloat16, enabled=low): value = loss(model, grid, tokens)
-        value.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.)
-        adam.step()
-        return value.item()
-    return step
-
-
 def run(quick: bool = False) -> list[Result]:
     "Six layers at 49 regions: fp32 against fp32 with equal dropout, as each is used, and bf16 against bf16; then torch's module"
     vocab, dim, ffn, layers, images, rounds = (500, 32, 64, 2, 4, 2) if quick else (9500, 512, 2048, 6, 10, 10)
@@ -121,6 +108,6 @@ def run(quick: bool = False) -> list[Result]:
         ours.train(), peer.train()
         name = 'Transformer training, ' + {(0, 0): 'fp32', (1, 0): 'bf16 | fp32', (1, 1): 'bf16'}[low, peer_low] + ('' if hf else ' (torch)')
         sizes = dict(images=images, captions=5, regions=49, dim=dim, ffn=ffn, layers=layers, vocab=vocab, tokens=int((tokens != 0).sum()))
-        results.append(compare(name, trainer(ours, our_loss, grid, tokens, low), trainer(peer, its_loss, grid, tokens, peer_low),
+        results.append(compare(name, trainer(ours, our_loss, grid, tokens, low, True), trainer(peer, its_loss, grid, tokens, peer_low, True),
                                len(tokens), 'captions/s', rounds=rounds, sizes=sizes))
     return results
