@@ -9,7 +9,7 @@ __all__ = ['CHECKPOINT_FILES', 'FREE_FIELDS', 'concept_loss', 'CaptionModel', 'r
            'choose_device', 'Trainer', 'prepare_data', 'prepare_encoder', 'checked_store', 'prepare_source',
            'give_back_memory', 'Explanation', 'Captioner', 'Evaluation', 'demo_config', 'main']
 
-# %% ../nbs/60_training.ipynb #69506253
+# %% ../nbs/60_training.ipynb #d3152fb3
 import copy
 import ctypes
 import errno
@@ -53,7 +53,7 @@ from .scheduled_sampling import mixed_inputs, sampling_ratio
 from .text import Vocab, tokenize_all
 from .vectors import WordVectors, read_vectors
 
-# %% ../nbs/60_training.ipynb #a6a1a934
+# %% ../nbs/60_training.ipynb #92eb5618
 def concept_loss(scores: Tensor, # (B, L, V) of each word in each cell
                  tokens: Tensor, # (B*k, T) word ids of the captions
                  specials: int = 4, # The first words of the vocabulary, which are no words
@@ -64,7 +64,7 @@ def concept_loss(scores: Tensor, # (B, L, V) of each word in each cell
     found = scores.float().logsumexp(1) - math.log(L)
     return F.binary_cross_entropy_with_logits(found[:, specials:], there[:, specials:])
 
-# %% ../nbs/60_training.ipynb #832ad243
+# %% ../nbs/60_training.ipynb #606c6f1c
 class CaptionModel(nn.Module):
     "An encoder and a decoder: from pixels or stored features to the loss of captions"
     def __init__(self, encoder: Encoder, decoder: Decoder,
@@ -98,7 +98,7 @@ class CaptionModel(nn.Module):
         if self.concepts: terms['concepts'] = self.weight*concept_loss(self.concepts(grid), batch.tokens)
         return words + sum(terms.values()), words
 
-# %% ../nbs/60_training.ipynb #21804eea
+# %% ../nbs/60_training.ipynb #5d3d0a67
 def rate_factor(step: int, # Steps done so far
                 steps: int, # Steps in all
                 warmup: int, # Steps of the rise
@@ -109,7 +109,7 @@ def rate_factor(step: int, # Steps done so far
     if step < warmup: return (step + 1)/(warmup + 1)
     return 1. if schedule != 'cosine' else 0.5*(1 + math.cos(math.pi*(step - warmup)/max(1, steps - warmup)))
 
-# %% ../nbs/60_training.ipynb #be6999b1
+# %% ../nbs/60_training.ipynb #3083d2fa
 class Ema:
     "Exponential moving average of what `model` learns"
     def __init__(self, model: nn.Module, # Parameters that need gradients, and buffers of training modules, are averaged
@@ -140,7 +140,7 @@ class Ema:
         finally:
             for n, t in self.learned(): t.copy_(mine[n])
 
-# %% ../nbs/60_training.ipynb #8926e51f
+# %% ../nbs/60_training.ipynb #1d4fb17f
 @dataclass
 class Machine:
     "How steps are computed, and how long a step took in each of the ways tried"
@@ -164,7 +164,7 @@ def time_step(model: CaptionModel, # Trained on nothing: gradients are thrown aw
         model.zero_grad(set_to_none=True)
     return min(times[1:])
 
-# %% ../nbs/60_training.ipynb #8eeee774
+# %% ../nbs/60_training.ipynb #52d4f195
 def choose_machine(config: Config, # `threads` and `precision`: what it fixes is not measured
                    model: CaptionModel, # Not changed
                    batch: Batch, # A typical one, on the model's device
@@ -191,7 +191,7 @@ def choose_machine(config: Config, # `threads` and `precision`: what it fixes is
     finally: torch.set_num_threads(most)
     return Machine(best[1], best[2], seconds)
 
-# %% ../nbs/60_training.ipynb #8a55da0f
+# %% ../nbs/60_training.ipynb #5547c66b
 CHECKPOINT_FILES = ('model.safetensors', 'config.json', 'vocab.json', 'preprocess.json')
 
 
@@ -203,7 +203,7 @@ def recover_checkpoint(folder: str | Path) -> Path:
     for rest in (old, new): shutil.rmtree(rest, ignore_errors=True)
     return folder
 
-# %% ../nbs/60_training.ipynb #f639cdf2
+# %% ../nbs/60_training.ipynb #bee0222a
 def write_checkpoint(folder: str | Path, # Its final name; replaced if it exists
                      files: dict[str, bytes | Path], # File name → content, or a file to share it with (linked if the disk can, else copied)
                      ) -> Path: # The same folder
@@ -232,7 +232,7 @@ def _link(source: Path, target: Path):
     try: os.link(source, target)
     except OSError: shutil.copy2(source, target)
 
-# %% ../nbs/60_training.ipynb #429a1a2f
+# %% ../nbs/60_training.ipynb #1cde4c7a
 def model_files(model: CaptionModel, vocab: Vocab, config: Config,
                 encoder: Path | None = None, # File that already holds the encoder's weights; None: they go with the others
                 ) -> dict[str, bytes | Path]:
@@ -261,7 +261,7 @@ def find_checkpoint(folder: str | Path, # A checkpoint folder, or a run folder, 
                                 'copy the whole folder again')
     return folder
 
-# %% ../nbs/60_training.ipynb #5e2b09d8
+# %% ../nbs/60_training.ipynb #bdc564c9
 def checkpoint_weights(folder: Path) -> dict[str, Tensor]: # Names as in `CaptionModel.state_dict`
     "All weights of the checkpoint in `folder`"
     weights = _read(folder, 'model.safetensors', lambda path: load_tensors(path.read_bytes()))
@@ -290,7 +290,7 @@ def load_model(folder: str | Path, # A checkpoint or run folder
     load_weights(decoder, part('decoder.'), str(folder/'model.safetensors'))
     return CaptionModel(encoder.freeze(), decoder.eval()), vocab, config
 
-# %% ../nbs/60_training.ipynb #1f5275b3
+# %% ../nbs/60_training.ipynb #33d80253
 def search_options(config: Config, vocab: Vocab) -> dict: # Arguments of `generate`
     "How `config` wants captions to be searched"
     c = config
@@ -319,7 +319,7 @@ def caption_images(model: CaptionModel, # On any device
         found.update((id, hypotheses[0]) for id, hypotheses in zip(batch.ids, best))
     return found
 
-# %% ../nbs/60_training.ipynb #53779646
+# %% ../nbs/60_training.ipynb #aef377e2
 def attention_maps(hypothesis: Hypothesis, # With attention
                    grid: tuple[int, int], # (gh, gw)
                    ) -> Tensor | None: # (T, gh, gw), or None if the decoder does not attend
@@ -329,7 +329,7 @@ def attention_maps(hypothesis: Hypothesis, # With attention
     if a.ndim == 3: a = a.mean(1)                                  # (T, L)
     return a[:len(hypothesis.tokens)].unflatten(-1, tuple(grid))
 
-# %% ../nbs/60_training.ipynb #8c7079cf
+# %% ../nbs/60_training.ipynb #5242cfe5
 # What may be changed when a run is continued: it does not alter what is trained
 FREE_FIELDS = {'name', 'runs_dir', 'resume', 'device', 'threads', 'cache_dir', 'features', 'beam', 'log_every', 'patience'}
 
@@ -349,7 +349,7 @@ def choose_device(name: str = 'auto', # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f'device={name!r} cannot be used here: {str(e).splitlines()[0]}') from e
 
-# %% ../nbs/60_training.ipynb #87f4849b
+# %% ../nbs/60_training.ipynb #cd60d4ba
 class Trainer:
     "One run: `prepare`, `fit`, `evaluate`; continues where the run folder's last checkpoint ended"
     def __init__(self, config: Config, # Checked
@@ -380,10 +380,10 @@ class Trainer:
         "Steps in all"
         return self.config.epochs*len(self.batches)
 
-# %% ../nbs/60_training.ipynb #36c83763
+# %% ../nbs/60_training.ipynb #81fdcf1b
 #| export
 
-# %% ../nbs/60_training.ipynb #3f8af433
+# %% ../nbs/60_training.ipynb #41a5d74a
 def prepare_data(config: Config, # Fields of the data group, `image_size` and `cache_dir`
                  quiet: bool = False, # No progress bar
                  ) -> CaptionData:
@@ -405,7 +405,7 @@ def prepare_encoder(config: Config) -> Encoder:
                            pad_type=c.encoder_pad_type or None, mean=channel_values(c.encoder_mean), std=channel_values(c.encoder_std))
     return encoder if c.encoder == 'scene_cnn' else encoder.freeze()
 
-# %% ../nbs/60_training.ipynb #e4dbee8e
+# %% ../nbs/60_training.ipynb #07bc325a
 def checked_store(path: Path, data: CaptionData, encoder: Encoder, ids: Sequence[str], views: Sequence[str]) -> FeatureStore:
     "The store at `path`, refused unless it has the `views` of all `ids` by this `encoder`; it may hold more"
     store = FeatureStore(path, expect=dict(encoder=encoder.spec))
@@ -428,7 +428,7 @@ def prepare_source(config: Config, data: CaptionData, encoder: Encoder, quiet: b
         if path.is_file(): return checked_store(path, data, encoder, ids, views)
     return extract(data, encoder, path, views=views, quiet=quiet)
 
-# %% ../nbs/60_training.ipynb #38f2877f
+# %% ../nbs/60_training.ipynb #ceb15898
 @patch
 def prepare(self: Trainer) -> Trainer:
     "Data, vocabulary, encoder, features, model, optimiser; and the state of the last checkpoint, if there is one"
@@ -459,7 +459,7 @@ def prepare(self: Trainer) -> Trainer:
         if not (self.run/'config.json').exists(): atomic_write(self.run/'config.json', c.to_json())
     return self
 
-# %% ../nbs/60_training.ipynb #a7e5150c
+# %% ../nbs/60_training.ipynb #a99a49f0
 @patch
 def _read_vectors(self: Trainer) -> WordVectors:
     c = self.config
@@ -477,7 +477,7 @@ def _prepare_optimizer(self: Trainer):
     self.parameters = [p for g in groups for p in g['params']]
     self.optimizer = torch.optim.AdamW(groups, fused=self.device.type in ('cpu', 'cuda'))
 
-# %% ../nbs/60_training.ipynb #70b2bda1
+# %% ../nbs/60_training.ipynb #c8677181
 @patch
 def state(self: Trainer) -> dict:
     "All that resuming needs besides the weights"
@@ -511,7 +511,7 @@ def _encoder_file(self: Trainer) -> Path:
         atomic_write(path, weight_bytes({f'encoder.{n}': t for n, t in encoder.state_dict().items()}))
     return path
 
-# %% ../nbs/60_training.ipynb #76d8d703
+# %% ../nbs/60_training.ipynb #3a6c38dd
 @patch
 def load(self: Trainer, folder: Path, # checkpoints/last
          ):
@@ -533,7 +533,7 @@ def load(self: Trainer, folder: Path, # checkpoints/last
     kept = [row for row in self.history if row['step'] <= self.step]   # what was logged after this checkpoint happens again
     atomic_write(self.run/'metrics.jsonl', ''.join(json.dumps(row) + '\n' for row in kept))
 
-# %% ../nbs/60_training.ipynb #ac809314
+# %% ../nbs/60_training.ipynb #a7a391db
 @patch
 def _check_same(self: Trainer, state: dict):
     now, free = self.config.to_dict(), FREE_FIELDS | ({'epochs'} if self.config.schedule != 'cosine' else set())
@@ -543,7 +543,7 @@ def _check_same(self: Trainer, state: dict):
     if other: raise ConfigError(f'{self.run} cannot be continued with this configuration: {"; ".join(other)}. '
                                 'Change it back, or start a new run')
 
-# %% ../nbs/60_training.ipynb #1d5527b6
+# %% ../nbs/60_training.ipynb #8c470260
 @patch
 def train_step(self: Trainer, batch: Batch):
     "Forward, backward and update on `batch`"
@@ -566,7 +566,7 @@ def train_step(self: Trainer, batch: Batch):
     self.tick = now
     if self.step % c.log_every == 0: self.log_steps()
 
-# %% ../nbs/60_training.ipynb #41906570
+# %% ../nbs/60_training.ipynb #a41d7cb1
 @patch
 def _check_finite(self: Trainer, loss: float, step: int):
     if not math.isfinite(loss):
@@ -592,7 +592,7 @@ def log(self: Trainer, **values):
     row = dict(step=self.step, epoch=round(self.step/len(self.batches), 4), seconds=round(self.seconds, 3)) | values
     with open(self.run/'metrics.jsonl', 'a', encoding='utf-8') as f: f.write(json.dumps(row) + '\n')
 
-# %% ../nbs/60_training.ipynb #0600bfb0
+# %% ../nbs/60_training.ipynb #fc3d7958
 @patch
 def end_epoch(self: Trainer):
     "Log, score the dev split, keep the best, write the checkpoint"
@@ -620,7 +620,7 @@ def give_back_memory():
     try: ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError, TypeError): pass   # not glibc
 
-# %% ../nbs/60_training.ipynb #07457753
+# %% ../nbs/60_training.ipynb #d8ad2eed
 @patch
 def judge(self: Trainer, cider: float):
     "Is `cider` the best dev score so far? If not for long: lower the learning rate (plateau), or stop"
@@ -630,7 +630,7 @@ def judge(self: Trainer, cider: float):
     if c.schedule == 'plateau' and self.stalled > c.plateau_patience: self.scale, self.stalled = self.scale*c.plateau_factor, 0
     self.stopped = bool(c.patience) and self.bad >= c.patience
 
-# %% ../nbs/60_training.ipynb #607a288e
+# %% ../nbs/60_training.ipynb #eff061e3
 @patch
 def fit(self: Trainer, on_eval: Callable[[list[dict]], None] | None = None, # Called after each evaluation with the lines of metrics.jsonl
         ) -> list[dict]: # The lines of metrics.jsonl
@@ -649,7 +649,7 @@ def fit(self: Trainer, on_eval: Callable[[list[dict]], None] | None = None, # Ca
         if self.interrupted: raise KeyboardInterrupt('stopped at the end of the training, all of it is saved')
     return self.history
 
-# %% ../nbs/60_training.ipynb #4d82103d
+# %% ../nbs/60_training.ipynb #2a399fe8
 @patch
 def _epochs(self: Trainer, on_eval: Callable | None) -> Iterator[Batch]:
     while self.epoch < self.config.epochs and not self.stopped:
@@ -668,7 +668,7 @@ def status(self: Trainer) -> str:
     dev = f', dev CIDEr {self.best:.3f} (epoch {self.best_epoch})' if self.best_epoch else ''
     return f'epoch {min(self.epoch + 1, self.config.epochs)}/{self.config.epochs}{loss}{dev}'
 
-# %% ../nbs/60_training.ipynb #93153023
+# %% ../nbs/60_training.ipynb #4ab8bc88
 @patch
 def _sample_batch(self: Trainer) -> Batch:
     batches = iter(copy.copy(self.batches))   # a copy: the place in the order stays what it is
@@ -691,7 +691,7 @@ def _loop_settings(self: Trainer) -> Iterator[None]:
         torch.set_num_threads(threads)
         if main: signal.signal(signal.SIGINT, before)
 
-# %% ../nbs/60_training.ipynb #fb29774b
+# %% ../nbs/60_training.ipynb #664cf2cd
 @dataclass
 class Explanation:
     "A caption, and where the decoder looked at each of its words"
@@ -703,7 +703,7 @@ class Explanation:
     @property
     def caption(self) -> str: return ' '.join(self.words)
 
-# %% ../nbs/60_training.ipynb #7c6b9536
+# %% ../nbs/60_training.ipynb #01f2fd17
 class Captioner:
     "A trained model that captions images, or several that vote: `Captioner.load(folder).caption('photo.jpg')`"
     def __init__(self, models: CaptionModel | Sequence[CaptionModel], # Each with its own encoder and any decoder
@@ -738,7 +738,7 @@ class Captioner:
         opened, encoder = [p if isinstance(p, Image.Image) else open_image(p) for p in photos], (model or self.model).encoder
         return torch.stack([encoder.transform(p.convert('RGB')) for p in opened])
 
-# %% ../nbs/60_training.ipynb #fd0a76a6
+# %% ../nbs/60_training.ipynb #dd068618
 @patch
 def _apply(self: Captioner, how: Callable, photos: Sequence, options: dict) -> list[list[Hypothesis]]:
     "`how(decoder, grid)` for all `photos`, 32 at a time; `options` over those of the configuration"
@@ -758,7 +758,7 @@ def ids(self: Captioner, words: str) -> list[int]:
         if word not in self.vocab.words: raise ValueError(f'the model does not know the word {word!r}: {nearest(word, self.vocab.words)}')
     return [self.vocab.words.index(word) for word in tokens]
 
-
+# %% ../nbs/60_training.ipynb #18fc8293
 @patch
 def search(self: Captioner, photos: Sequence[str | Path | Image.Image], # n photos
            beam: int | None = None, # Width; None takes the configuration's
@@ -787,7 +787,7 @@ def caption(self: Captioner, photos: str | Path | Image.Image | Sequence, # A pa
     found = [self.vocab.decode(h[0].tokens) for h in self.search([photos] if one else list(photos), beam, **options)]
     return found[0] if one else found
 
-# %% ../nbs/60_training.ipynb #f548ab52
+# %% ../nbs/60_training.ipynb #0d120116
 @patch
 def explain(self: Captioner, photo: str | Path | Image.Image, # One photo
             beam: int | None = None, # Width; None takes the configuration's
@@ -801,7 +801,7 @@ def explain(self: Captioner, photo: str | Path | Image.Image, # One photo
     seen = Image.fromarray(self.images([photo], model)[0].permute(1, 2, 0).numpy())
     return Explanation(seen, [self.vocab.words[i] for i in h.tokens], attention_maps(h, model.encoder.grid), h.score)
 
-# %% ../nbs/60_training.ipynb #30a92e9e
+# %% ../nbs/60_training.ipynb #a7d5d974
 @dataclass
 class Evaluation:
     "Captions of a split and what they score"
@@ -820,7 +820,7 @@ class Evaluation:
         if g := self.grounding: row['grounding'] = dict(pointing=g.pointing, chance=g.chance, ratio=g.ratio, words=g.n)
         return row
 
-# %% ../nbs/60_training.ipynb #4c535f7c
+# %% ../nbs/60_training.ipynb #694ff10a
 @patch
 def evaluate(self: Trainer, split: str = 'dev', # Which split
              width: int | None = None, # Beam width; None takes the configuration's
@@ -843,7 +843,7 @@ def evaluate(self: Trainer, split: str = 'dev', # Which split
     atomic_write(path, json.dumps(results, indent=1) + '\n')
     return result
 
-# %% ../nbs/60_training.ipynb #06f0b653
+# %% ../nbs/60_training.ipynb #93697e3f
 def demo_config(**changes, # Fields to set otherwise
                 ) -> Config:
     "The configuration of the demo: 2,000 drawn scenes, a small encoder trained jointly"
@@ -853,7 +853,7 @@ def demo_config(**changes, # Fields to set otherwise
                 threads=1)   # its operations are so small that a second thread mostly waits
     return Config.from_dict(demo | changes)
 
-# %% ../nbs/60_training.ipynb #70b43984
+# %% ../nbs/60_training.ipynb #209612a8
 def main(arguments: Sequence[str] | None = None) -> int:
     "`python -m caption_nb.training RUN`: train the run folder's config.json to the end and evaluate on dev"
     arguments = sys.argv[1:] if arguments is None else list(arguments)

@@ -119,6 +119,8 @@ def test_notebook_form(path):
     assert re.search(r'^> \S', '\n'.join(c.source for c in notebook.cells[:2]), re.M), 'a `>` subtitle follows the title'
     errors = [c.source for c in notebook.cells for o in c.get('outputs', []) if o.output_type == 'error']
     assert not errors, f'saved with an error: {errors}'
+    warned = [o.text for c in notebook.cells for o in c.get('outputs', []) if o.get('name') == 'stderr']
+    assert not warned, f'saved with a warning, which names files of one machine: {warned}'
 
 
 @pytest.mark.parametrize('path', MODULE_NOTEBOOKS, ids=[p.name for p in MODULE_NOTEBOOKS])
