@@ -78,10 +78,10 @@ def inputs_targets(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def our_loss(decoder, grid, tokens):
-    "Cross-entropy of the next words and the doubly stochastic penalty"
+    "Cross-entropy of the next words, and the penalty that the decoder may want"
     inputs, targets = inputs_targets(tokens)
     real = targets != 0
-    hidden, attention = decoder.hidden(decoder.encode(grid), inputs)
+    hidden, attention = decoder.hidden(decoder.encode(grid), inputs, decoder.needs_attention)
     return F.cross_entropy(decoder.project(hidden[real]).float(), targets[real]) + sum(decoder.loss_terms(attention, real).values())
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bench.common import Result, compare
-from bench.train_attention import inputs_targets, random_captions, trainer
+from bench.train_attention import inputs_targets, our_loss, random_captions, trainer
 from caption_nb.recurrent import RecurrentDecoder
 
 
@@ -31,14 +31,6 @@ class PlainRecurrent(nn.Module):
         first = tuple(x.contiguous() for x in first)
         h, _ = self.layer(self.embedding(tokens), first if self.cell == 'lstm' else first[0])
         return self.output(self.dropout(h))
-
-
-def our_loss(decoder: RecurrentDecoder, grid: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    "Cross-entropy of the next words"
-    inputs, targets = inputs_targets(tokens)
-    real = targets != 0
-    hidden, _ = decoder.hidden(decoder.encode(grid), inputs, attention=False)
-    return F.cross_entropy(decoder.project(hidden[real]).float(), targets[real])
 
 
 def plain_loss(model: PlainRecurrent, grid: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bench.common import Result, compare
-from bench.train_attention import inputs_targets, random_captions, trainer
+from bench.train_attention import inputs_targets, our_loss, random_captions, trainer
 from caption_nb.encoders import import_timm
 from caption_nb.transformer import TransformerDecoder, sinusoids
 
@@ -77,14 +77,6 @@ def torch_loss(model: TorchCaptioner, grid: torch.Tensor, tokens: torch.Tensor) 
     inputs, targets = inputs_targets(tokens)
     logits = model(inputs, grid.repeat_interleave(len(tokens)//len(grid), 0))
     return F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=0)
-
-
-def our_loss(decoder: TransformerDecoder, grid: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    "Cross-entropy of the next words"
-    inputs, targets = inputs_targets(tokens)
-    real = targets != 0
-    hidden, _ = decoder.hidden(decoder.encode(grid), inputs, attention=False)
-    return F.cross_entropy(decoder.project(hidden[real]).float(), targets[real])
 
 
 def peer_loss(model: nn.Module, grid: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
