@@ -6,7 +6,7 @@
 __all__ = ['COMMANDS', 'parse_config', 'Follow', 'evaluation_line', 'launch', 'report', 'train', 'demo', 'presets', 'runs',
            'caption', 'find_checkpoint_folder', 'caption_photos', 'extract', 'check', 'usage', 'main']
 
-# %% ../nbs/90_cli.ipynb #a8fc6642
+# %% ../nbs/90_cli.ipynb #3bc65129
 import dataclasses
 import html
 import json
@@ -25,10 +25,10 @@ from fastcore.basics import patch
 from .basics import human_time, nearest
 from .runs import Run, execute, experiment, find_run, list_runs, new_run, reproduce_command, score_lines, write_summary
 
-# %% ../nbs/90_cli.ipynb #6a53949f
+# %% ../nbs/90_cli.ipynb #6e4b5e9a
 if TYPE_CHECKING: from caption_nb.config import Config
 
-# %% ../nbs/90_cli.ipynb #f726cda5
+# %% ../nbs/90_cli.ipynb #d8eecd60
 def _group_class(group: str, fields: list[dataclasses.Field], values: dict[str, Any]) -> type:
     "A dataclass of the `fields` of one group, which tyro shows under one heading"
     import tyro
@@ -45,8 +45,9 @@ def _flags_class(config: 'Config', # The defaults
                  doc: str = '') -> type:
     "A dataclass whose fields are the groups of `Config`: the form that tyro asks for"
     import tyro
+    from caption_nb.config import GROUPS
     by_group = {}
-    for f in sorted(dataclasses.fields(config), key=lambda f: ORDER.index(f.metadata['group']) if f.metadata['group'] in ORDER else 99):
+    for f in sorted(dataclasses.fields(config), key=lambda f: GROUPS.index(f.metadata['group'])):
         if not groups or f.metadata['group'] in groups: by_group.setdefault(f.metadata['group'], []).append(f)
     values = dataclasses.asdict(config)
     made = []
@@ -56,9 +57,8 @@ def _flags_class(config: 'Config', # The defaults
     return dataclasses.make_dataclass('Flags', [*extra, *made], namespace={'__doc__': doc})
 
 
-ORDER = ('data', 'encoder', 'decoder', 'training', 'decoding', 'machine', 'record')
 
-# %% ../nbs/90_cli.ipynb #a40162dc
+# %% ../nbs/90_cli.ipynb #eed115ce
 def parse_config(argv: list[str], # Words of the command line after the command
                  command: str = 'train', # For the help page
                  doc: str = '', # What the command does
@@ -76,7 +76,7 @@ def parse_config(argv: list[str], # Words of the command line after the command
     values = {k: v for part in found.values() if isinstance(part, dict) for k, v in part.items()}
     return Config.from_dict(dataclasses.asdict(config) | values), {k: v for k, v in found.items() if not isinstance(v, dict)}
 
-# %% ../nbs/90_cli.ipynb #9214aded
+# %% ../nbs/90_cli.ipynb #3a6bc787
 class Follow:
     "Shows on the terminal what a kernel reports: call it with every message"
     def __init__(self, run: str | Path, # Run folder, whose metrics.jsonl is followed
@@ -114,7 +114,7 @@ class Follow:
         self.evaluations()
         if self.tty: self.write('\r\033[K')
 
-# %% ../nbs/90_cli.ipynb #6bcc29eb
+# %% ../nbs/90_cli.ipynb #29142886
 @patch
 def evaluations(self: Follow):
     "Print a line for each evaluation that metrics.jsonl has since the last look"
@@ -126,7 +126,7 @@ def evaluations(self: Follow):
         self.offset = f.tell() - len(rest)
     for line in filter(None, map(evaluation_line, lines)): self.line(line)
 
-# %% ../nbs/90_cli.ipynb #dae79c3a
+# %% ../nbs/90_cli.ipynb #02ef9adf
 def evaluation_line(line: bytes | str, # A line of metrics.jsonl
                     ) -> str: # '' if it is no evaluation
     "An evaluation in words: epoch, scores, time"
@@ -138,7 +138,7 @@ def evaluation_line(line: bytes | str, # A line of metrics.jsonl
     when = f'epoch {row["epoch"]:g}: ' if isinstance(row.get('epoch'), (int, float)) else ''
     return f'{when}dev {scores}{after}'
 
-# %% ../nbs/90_cli.ipynb #650b0067
+# %% ../nbs/90_cli.ipynb #ef5e989d
 def launch(config: 'Config', # What to run
            run_dir: str = '', # Exactly this folder, which must not exist; default: a new one in config.runs_dir
            quiet: bool = False, # Show no progress
@@ -170,7 +170,7 @@ def report(run: Path, # Run folder
     print(f'{what}\nrecord: {record}\ncontinue with: caption-nb train --resume {shlex.quote(str(run))}', file=sys.stderr)
     return 128 + signal.Signals[truth['signal']] if truth['signal'] else 130 if truth['status'] == 'interrupted' else 1
 
-# %% ../nbs/90_cli.ipynb #691e60e3
+# %% ../nbs/90_cli.ipynb #ebdce22e
 def _resumed(argv: list[str], config: 'Config', extra: list[tuple], doc: str) -> 'Config':
     "The configuration of the run that `config.resume` names, with flags that do not alter what is trained"
     from caption_nb.config import Config
@@ -192,7 +192,7 @@ def _run_dir() -> tuple:
     text = 'Exactly this run folder, which must not exist; otherwise a new one in --runs-dir gets a name of its own.'
     return ('run_dir', Annotated[str, tyro.conf.arg(help=text)], dataclasses.field(default=''))
 
-# %% ../nbs/90_cli.ipynb #31504933
+# %% ../nbs/90_cli.ipynb #854d8133
 def _preset() -> tuple:
     import tyro
     text = 'A preset (see caption-nb presets) or a YAML file, whose values the other flags change.'
@@ -211,7 +211,7 @@ def _take_preset(argv: list[str]) -> tuple[list[str], 'Config | None']:
     from caption_nb.config import load_preset
     return argv[:at] + argv[at + (1 if eq else 2):], load_preset(name)
 
-# %% ../nbs/90_cli.ipynb #062b834d
+# %% ../nbs/90_cli.ipynb #267f7605
 def train(argv: list[str]) -> int:
     "Train a captioner, caption and score the held-out photos, and record it all in a run folder."
     argv, preset = _take_preset(argv)
@@ -228,7 +228,7 @@ def demo(argv: list[str]) -> int:
     config, extra = parse_config(argv, 'demo', demo.__doc__, default=demo_config(), extra=[_run_dir()])
     return launch(config, extra['run_dir'])
 
-# %% ../nbs/90_cli.ipynb #2c5dd05f
+# %% ../nbs/90_cli.ipynb #c49ec19c
 def presets(argv: list[str]) -> int:
     "List the configurations that are shipped, for train --preset NAME."
     import tyro
@@ -274,7 +274,7 @@ def _caption_arguments(argv: list[str]) -> dict[str, Any]:
         return dict(locals())
     return tyro.cli(arguments, prog='caption-nb caption', description=caption.__doc__, args=argv)
 
-# %% ../nbs/90_cli.ipynb #93b48f97
+# %% ../nbs/90_cli.ipynb #dd798035
 def caption(argv: list[str]) -> int:
     "Caption photos with the best checkpoint of a run, or by the vote of several."
     a = _caption_arguments(argv)
@@ -290,7 +290,7 @@ def find_checkpoint_folder(run: str, # Run folder, part of its name, or a checkp
     "The checkpoint that `run` means"
     return Path(run) if (Path(run)/'model.safetensors').is_file() else Run(run, runs_dir).checkpoint()
 
-# %% ../nbs/90_cli.ipynb #34e6f96f
+# %% ../nbs/90_cli.ipynb #830422b0
 def caption_photos(folders: list[Path], # Checkpoint folders: one model, or several that vote
                    photos: tuple[str, ...], # Image files
                    options: dict[str, Any], # For `Captioner.search`, or with a temperature for `Captioner.sample`
@@ -313,7 +313,7 @@ def caption_photos(folders: list[Path], # Checkpoint folders: one model, or seve
         else: print('\n'.join(f'{photo}: {text}' for text in texts), flush=True)
     return status
 
-# %% ../nbs/90_cli.ipynb #cfdc8f84
+# %% ../nbs/90_cli.ipynb #00e251de
 def extract(argv: list[str]) -> int:
     "Encode every photo once and store the features, for all runs that use this encoder."
     from caption_nb.training import prepare_data, prepare_encoder, prepare_source
@@ -340,7 +340,7 @@ def check(argv: list[str]) -> int:
     print(result)
     return 0 if result.ok else 1
 
-# %% ../nbs/90_cli.ipynb #415750fa
+# %% ../nbs/90_cli.ipynb #8e3c84d2
 COMMANDS = dict(demo=demo, check=check, extract=extract, train=train, presets=presets, runs=runs, caption=caption)
 
 
@@ -371,5 +371,5 @@ def main(argv: list[str] | None = None, # Default: the words of the command line
         print('\n'.join(f'caption-nb {name}: {line}' for line in str(e).splitlines()), file=sys.stderr)
         return 2
 
-# %% ../nbs/90_cli.ipynb #85f670e0
+# %% ../nbs/90_cli.ipynb #1791d979
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

@@ -52,7 +52,7 @@ def test_flags_are_config_fields(capsys, monkeypatch):
     flags = {flag.replace('-', '_') for flag in re.findall(r'^\W*--([a-z][a-z-]*)', out, re.M)}
     assert status == 0 and flags - {'run_dir', 'preset'} == fields()
     for f in dataclasses.fields(Config): assert ' '.join(f.metadata['help'].split()[:3]) in out, f'the help of {f.name} is missing'
-    for group in ('data', 'encoder', 'decoder', 'training', 'decoding', 'machine', 'record'): assert f' {group} options ' in out
+    for group in ('data', 'encoder', 'decoder', 'training', 'optimizer', 'scst', 'decoding', 'machine', 'record'): assert f' {group} options ' in out
 
 
 def test_notebook_parameters_are_config_fields():
