@@ -106,8 +106,19 @@ def test_flip_spares_sides_and_follows_the_coin():
 
 
 def test_flip_without_the_view_is_refused():
+    plain = SimpleNamespace(views=('plain',), read=Views().read)
     with pytest.raises(ValueError, match="only the views .'plain',.*extract features with views"):
-        CaptionBatches(toy([1]), VOCAB, 'train', ImageSource(['0.jpg'], torch.zeros(1, 3, 4, 4, dtype=torch.uint8)), flip=True)
+        CaptionBatches(toy([1]), VOCAB, 'train', plain, flip=True)
+    batches = CaptionBatches(toy([1]), VOCAB, 'train', Views(), flip=True)
+    batches.source = plain   # another source from the next epoch on is looked at, too
+    with pytest.raises(ValueError, match='only the views'): next(iter(batches))
+
+
+def test_pixels_in_memory_are_mirrored():
+    images = torch.randint(0, 256, (3, 3, 4, 5), dtype=torch.uint8)
+    source = ImageSource(['a', 'b', 'c'], images)
+    assert source.views == ('plain', 'flip') and torch.equal(source.read(['c', 'a']), images[[2, 0]])
+    assert torch.equal(source.read(['c', 'a'], 1), images[[2, 0]].flip(3)) and source.read([], 1).shape == (0, 3, 4, 5)
 
 
 def test_empty_split_and_image_without_caption_are_named():
@@ -147,6 +158,114 @@ def test_prefetch_stays_ahead_stops_and_reports_errors():
     assert not [t for t in threading.enumerate() if t.name.startswith('prefetch')]
     with pytest.raises(OSError, match='disk gone'): list(prefetch(make, range(10)))
     assert list(prefetch(lambda x: x, range(3), depth=0)) == [0, 1, 2]
+
+
+def test_prefetch_by_several_threads_keeps_the_order():
+    gate, made, lock = threading.Barrier(3, timeout=20), [], threading.Lock()
+    def make(x):
+        if x < 3: gate.wait()   # passes only if three are made at the same time
+        time.sleep((x*7 % 5)/1000)
+        with lock: made.append(x)
+        return x
+    assert list(prefetch(make, range(30), depth=1, workers=3)) == list(range(30)) and sorted(made) == list(range(30))
+    def bad(x): return 1//(5 - x)
+    run, got = prefetch(bad, range(30), workers=3), []
+    with pytest.raises(ZeroDivisionError):
+        for x in run: got.append(x)
+    assert got == [bad(x) for x in range(5)] and not [t for t in threading.enumerate() if t.name.startswith('prefetch')]
+
+
+# ---- ranks
+
+def pixels(n: int) -> ImageSource:
+    rng = np.random.default_rng(3)
+    return ImageSource([f'{i}.jpg' for i in range(n)], torch.from_numpy(rng.integers(0, 256, (n, 3, 2, 3), dtype=np.uint8)))
+
+
+def noisy(images, rngs):
+    "An augmentation that uses all of the generator's bits, and none of its neighbours'"
+    assert len(images) == len(rngs) > 0 and images.dtype == torch.uint8
+    return images ^ torch.from_numpy(np.stack([r.integers(0, 256, images.shape[1:], dtype=np.uint8) for r in rngs]))
+
+
+def rows_of(batch) -> dict:
+    "image id -> (its captions, its pixels), whatever the padding"
+    k = len(batch.tokens)//max(1, len(batch.ids))
+    return {id: ([t[t != 0].tolist() for t in batch.tokens[i*k:(i + 1)*k] if t.any()], batch.images[i].tolist())
+            for i, id in enumerate(batch.ids)}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 7), min_size=1, max_size=30), st.integers(1, 9), st.integers(1, 5), st.integers(0, 2), st.integers(1, 3))
+def test_shares_of_the_ranks_are_the_batches_of_one(counts, size, ranks, epoch, workers):
+    def make(**kw): return CaptionBatches(toy(counts), VOCAB, 'train', pixels(len(counts)), size, 3, seed=5, flip=True, augment=noisy, **kw)
+    one, parts = make(), [make(rank=r, ranks=ranks, workers=workers) for r in range(ranks)]
+    for b in (one, *parts): b.set_epoch(epoch)
+    whole, shares = list(one), [list(p) for p in parts]
+    assert all(len(s) == len(whole) == len(one) for s in shares)   # an empty share is a batch, too: the ranks stay in step
+    for i, batch in enumerate(whole):
+        assert [s[i].ids for s in shares] == [batch.ids[r::ranks] for r in range(ranks)]
+        union = {}
+        for s in shares: union |= rows_of(s[i])
+        assert union == rows_of(batch) and sum(s[i].num_captions for s in shares) == batch.num_captions
+    assert all(p.state_dict() == one.state_dict() for p in parts)
+
+
+def test_share_of_nothing_has_a_shape():
+    for source, shape in ((pixels(3), (0, 3, 2, 3)), (Views(), (0, 1, 2))):
+        source = source if shape[1] == 3 else SimpleNamespace(views=('plain',), read=lambda ids, view: np.zeros((len(ids), 1, 2), np.float16))
+        batches = CaptionBatches(toy([2, 3, 1]), VOCAB, 'train', source, images_per_batch=2, rank=1, ranks=2, augment=noisy)
+        last = min(batches, key=lambda b: len(b.ids)).to('cpu')
+        assert last.ids == [] and last.images.shape == shape and last.num_captions == 0
+        assert last.tokens.shape == (0, 1) and last.tokens.dtype == torch.int64 and last.inputs.shape == last.targets.shape == (0, 0)
+
+
+def test_no_rank_gets_all_the_long_captions():
+    data = toy([1]*320, lengths=[1 + i % 30 for i in range(320)])
+    words = [sum(int(b.lengths.sum()) for b in CaptionBatches(data, VOCAB, 'train', Views(), rank=r, ranks=4)) for r in range(4)]
+    assert max(words)/min(words) < 1.1
+
+
+@pytest.mark.parametrize('rank, ranks', [(1, 1), (-1, 2), (2, 2), (0, 0)])
+def test_rank_that_there_is_not(rank, ranks):
+    with pytest.raises(ValueError, match='must be at least 0 and less than ranks'):
+        CaptionBatches(toy([1]), VOCAB, 'train', Views(), rank=rank, ranks=ranks)
+
+
+# ---- augmentation
+
+def test_augmentation_knows_only_seed_epoch_and_image():
+    n = 23
+    def make(**kw): return CaptionBatches(toy([2]*n), VOCAB, 'train', pixels(n), **{**dict(images_per_batch=4, seed=1, augment=noisy), **kw})
+    def run(batches, epoch, skip=0):
+        batches.load_state_dict({**batches.state_dict(), 'epoch': epoch, 'position': skip})
+        return {id: x for b in batches for id, (_, x) in rows_of(b).items()}
+    want = run(make(), 3)
+    for got in (run(make(images_per_batch=7, workers=3), 3), run(make(length_aware=False, prefetch_depth=0), 3),
+                run(make(rank=0, ranks=2, workers=2), 3) | run(make(rank=1, ranks=2), 3)): assert got == want
+    rest = run(make(), 3, skip=4)
+    assert len(rest) == n - 16 and all(want[id] == x for id, x in rest.items())
+    for other in (run(make(), 4), run(make(seed=2), 3)): assert all(want[id] != x for id, x in other.items())
+    plain = run(make(augment=None), 3)
+    assert all(plain[id] == pixels(n).read([id])[0].tolist() != want[id] for id in want)
+
+
+def test_features_are_not_augmented():
+    batches = CaptionBatches(toy([2]*4), VOCAB, 'train', Views(), augment=lambda *a: pytest.fail('augmented'))
+    assert next(iter(batches)).images.dtype == torch.float32
+    batches.source, batches.augment = pixels(4), noisy   # from the next epoch on, the encoder learns
+    batches.set_epoch(1)
+    assert next(iter(batches)).images.dtype == torch.uint8
+
+
+def test_mirrored_and_augmented_spares_sides():
+    data, source = toy([2]*60), pixels(60)
+    for id in data.splits['train'][:20]: data.captions[id][0] = 'right of a dog'
+    plain = {id: x for b in CaptionBatches(data, VOCAB, 'train', source) for id, (_, x) in rows_of(b).items()}
+    mirrored = {id: torch.tensor(x).flip(2).tolist() for id, x in plain.items()}
+    got = {id: x for b in CaptionBatches(data, VOCAB, 'train', source, flip=True, augment=lambda x, rngs: x) for id, (_, x) in rows_of(b).items()}
+    assert all(got[id] == plain[id] for id in data.splits['train'][:20])
+    assert 8 < sum(got[id] == mirrored[id] for id in data.splits['train'][20:]) < 32
 
 
 def test_eval_batches_in_order():
