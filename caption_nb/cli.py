@@ -6,7 +6,7 @@
 __all__ = ['COMMANDS', 'parse_config', 'Follow', 'evaluation_line', 'launch', 'report', 'train', 'demo', 'presets', 'runs',
            'caption', 'find_checkpoint_folder', 'caption_photos', 'extract', 'check', 'usage', 'main']
 
-# %% ../nbs/90_cli.ipynb #3bc65129
+# %% ../nbs/90_cli.ipynb #73f911a2
 import dataclasses
 import html
 import json
@@ -25,10 +25,10 @@ from fastcore.basics import patch
 from .basics import human_time, nearest
 from .runs import Run, execute, experiment, find_run, list_runs, new_run, reproduce_command, score_lines, write_summary
 
-# %% ../nbs/90_cli.ipynb #6e4b5e9a
+# %% ../nbs/90_cli.ipynb #d2229eac
 if TYPE_CHECKING: from caption_nb.config import Config
 
-# %% ../nbs/90_cli.ipynb #d8eecd60
+# %% ../nbs/90_cli.ipynb #5e65b1ba
 def _group_class(group: str, fields: list[dataclasses.Field], values: dict[str, Any]) -> type:
     "A dataclass of the `fields` of one group, which tyro shows under one heading"
     import tyro
@@ -58,7 +58,7 @@ def _flags_class(config: 'Config', # The defaults
 
 
 
-# %% ../nbs/90_cli.ipynb #eed115ce
+# %% ../nbs/90_cli.ipynb #0e5c4a82
 def parse_config(argv: list[str], # Words of the command line after the command
                  command: str = 'train', # For the help page
                  doc: str = '', # What the command does
@@ -76,7 +76,7 @@ def parse_config(argv: list[str], # Words of the command line after the command
     values = {k: v for part in found.values() if isinstance(part, dict) for k, v in part.items()}
     return Config.from_dict(dataclasses.asdict(config) | values), {k: v for k, v in found.items() if not isinstance(v, dict)}
 
-# %% ../nbs/90_cli.ipynb #3a6bc787
+# %% ../nbs/90_cli.ipynb #4edb9329
 class Follow:
     "Shows on the terminal what a kernel reports: call it with every message"
     def __init__(self, run: str | Path, # Run folder, whose metrics.jsonl is followed
@@ -114,7 +114,7 @@ class Follow:
         self.evaluations()
         if self.tty: self.write('\r\033[K')
 
-# %% ../nbs/90_cli.ipynb #29142886
+# %% ../nbs/90_cli.ipynb #3210c3e0
 @patch
 def evaluations(self: Follow):
     "Print a line for each evaluation that metrics.jsonl has since the last look"
@@ -126,7 +126,7 @@ def evaluations(self: Follow):
         self.offset = f.tell() - len(rest)
     for line in filter(None, map(evaluation_line, lines)): self.line(line)
 
-# %% ../nbs/90_cli.ipynb #02ef9adf
+# %% ../nbs/90_cli.ipynb #629b5fdf
 def evaluation_line(line: bytes | str, # A line of metrics.jsonl
                     ) -> str: # '' if it is no evaluation
     "An evaluation in words: epoch, scores, time"
@@ -138,7 +138,7 @@ def evaluation_line(line: bytes | str, # A line of metrics.jsonl
     when = f'epoch {row["epoch"]:g}: ' if isinstance(row.get('epoch'), (int, float)) else ''
     return f'{when}dev {scores}{after}'
 
-# %% ../nbs/90_cli.ipynb #ef5e989d
+# %% ../nbs/90_cli.ipynb #78dffc67
 def launch(config: 'Config', # What to run
            run_dir: str = '', # Exactly this folder, which must not exist; default: a new one in config.runs_dir
            quiet: bool = False, # Show no progress
@@ -170,20 +170,17 @@ def report(run: Path, # Run folder
     print(f'{what}\nrecord: {record}\ncontinue with: caption-nb train --resume {shlex.quote(str(run))}', file=sys.stderr)
     return 128 + signal.Signals[truth['signal']] if truth['signal'] else 130 if truth['status'] == 'interrupted' else 1
 
-# %% ../nbs/90_cli.ipynb #ebdce22e
+# %% ../nbs/90_cli.ipynb #8cf57b09
 def _resumed(argv: list[str], config: 'Config', extra: list[tuple], doc: str) -> 'Config':
-    "The configuration of the run that `config.resume` names, with flags that do not alter what is trained"
-    from caption_nb.config import Config
-    from caption_nb.training import FREE_FIELDS
+    "The configuration of the run that `config.resume` names, with flags that leave it the same experiment"
+    from caption_nb.config import CHANGEABLE, Config
     run = find_run(config.resume, config.runs_dir)
     saved = Config.load(run/'config.json')
     given, _ = parse_config(argv, 'train', doc, default=saved, extra=extra)
-    free = FREE_FIELDS | ({'epochs'} if saved.schedule != 'cosine' else set())   # a cosine is laid over all its epochs
-    kept = {f.name for f in dataclasses.fields(Config)} - free
-    changed = [n for n in kept if getattr(given, n) != getattr(saved, n)]
+    changed = [f.name for f in dataclasses.fields(Config) if f.name not in CHANGEABLE and getattr(given, f.name) != getattr(saved, f.name)]
     if changed:
         raise ValueError('\n'.join(f'--{n.replace("_", "-")} {getattr(given, n)}: {run.name} was started with {getattr(saved, n)!r}, and a '
-                                   'continued run keeps its configuration; leave it out, or start a new run' for n in sorted(changed)))
+                                   'continued run stays the same experiment; leave it out, or start a new run with --from' for n in changed))
     return dataclasses.replace(given, resume=str(run), name=saved.name, runs_dir=saved.runs_dir)
 
 
@@ -192,31 +189,53 @@ def _run_dir() -> tuple:
     text = 'Exactly this run folder, which must not exist; otherwise a new one in --runs-dir gets a name of its own.'
     return ('run_dir', Annotated[str, tyro.conf.arg(help=text)], dataclasses.field(default=''))
 
-# %% ../nbs/90_cli.ipynb #854d8133
+# %% ../nbs/90_cli.ipynb #b049552c
 def _preset() -> tuple:
     import tyro
     text = 'A preset (see caption-nb presets) or a YAML file, whose values the other flags change.'
     return ('preset', Annotated[str, tyro.conf.arg(help=text)], dataclasses.field(default=''))
 
 
-def _take_preset(argv: list[str]) -> tuple[list[str], 'Config | None']:
-    "The words without `--preset NAME`, and the configuration that it stands for"
-    at = next((i for i, word in enumerate(argv) if word.split('=')[0] == '--preset'), None)
-    if at is None: return argv, None
-    word, eq, name = argv[at].partition('=')
-    if not eq:
-        if at + 1 == len(argv): return argv, None   # tyro says that the name is missing
-        name = argv[at + 1]
-    if '--resume' in {w.split('=')[0] for w in argv}: raise ValueError('--preset: a continued run keeps its configuration; leave it out')
-    from caption_nb.config import load_preset
-    return argv[:at] + argv[at + (1 if eq else 2):], load_preset(name)
+def _from() -> tuple:
+    import tyro
+    text = ('Start from the best weights of this run, with its configuration, which the other flags change; '
+            'with --stage scst it goes on with self-critical training.')
+    return ('from_', Annotated[str, tyro.conf.arg(name='from', help=text)], dataclasses.field(default=''))
 
-# %% ../nbs/90_cli.ipynb #267f7605
+
+def _take(argv: list[str], flag: str) -> tuple[list[str], str]:
+    "The words without `flag` and its value, and the value; '' if it is not there"
+    at = next((i for i, word in enumerate(argv) if word.split('=')[0] == flag), None)
+    if at is None: return argv, ''
+    word, eq, value = argv[at].partition('=')
+    if eq: return argv[:at] + argv[at + 1:], value
+    if at + 1 == len(argv): return argv, ''   # tyro says that the value is missing
+    return argv[:at] + argv[at + 2:], argv[at + 1]
+
+
+def _given(argv: list[str], flag: str, default: str) -> str: return _take(argv, flag)[1] or default
+
+
+def _base(argv: list[str]) -> tuple[list[str], 'Config | None']:
+    "The words without --preset and --from, and the configuration that these two stand for"
+    argv, preset = _take(argv, '--preset')
+    argv, run = _take(argv, '--from')
+    if not preset and not run: return argv, None
+    if _take(argv, '--resume')[1]:
+        raise ValueError(f'{"--preset" if preset else "--from"}: a continued run keeps its configuration; leave it out')
+    from caption_nb.config import Config, follow_up, load_preset
+    if not run: return argv, load_preset(preset)
+    folder = find_run(run, _given(argv, '--runs-dir', 'papermill_runs'))
+    stage = _given(argv, '--stage', 'xe')
+    return argv, follow_up(load_preset(preset) if preset else Config.load(folder/'config.json'), folder, stage if stage == 'scst' else 'xe')
+
+# %% ../nbs/90_cli.ipynb #5cf2137f
 def train(argv: list[str]) -> int:
     "Train a captioner, caption and score the held-out photos, and record it all in a run folder."
-    argv, preset = _take_preset(argv)
-    config, extra = parse_config(argv, 'train', train.__doc__, preset, extra=[_preset(), _run_dir()])
-    if config.resume: config = _resumed(argv, config, [_preset(), _run_dir()], train.__doc__)
+    argv, base = _base(argv)
+    more = [_preset(), _from(), _run_dir()]
+    config, extra = parse_config(argv, 'train', train.__doc__, base, extra=more)
+    if config.resume: config = _resumed(argv, config, more, train.__doc__)
     elif config.data != 'scenes' and not Path(config.data).exists():
         raise FileNotFoundError(f'--data {config.data}: no such file or folder (from {Path.cwd()})')
     return launch(config, extra['run_dir'])
@@ -228,7 +247,7 @@ def demo(argv: list[str]) -> int:
     config, extra = parse_config(argv, 'demo', demo.__doc__, default=demo_config(), extra=[_run_dir()])
     return launch(config, extra['run_dir'])
 
-# %% ../nbs/90_cli.ipynb #c49ec19c
+# %% ../nbs/90_cli.ipynb #c6af7166
 def presets(argv: list[str]) -> int:
     "List the configurations that are shipped, for train --preset NAME."
     import tyro
@@ -274,7 +293,7 @@ def _caption_arguments(argv: list[str]) -> dict[str, Any]:
         return dict(locals())
     return tyro.cli(arguments, prog='caption-nb caption', description=caption.__doc__, args=argv)
 
-# %% ../nbs/90_cli.ipynb #dd798035
+# %% ../nbs/90_cli.ipynb #2b16f338
 def caption(argv: list[str]) -> int:
     "Caption photos with the best checkpoint of a run, or by the vote of several."
     a = _caption_arguments(argv)
@@ -290,7 +309,7 @@ def find_checkpoint_folder(run: str, # Run folder, part of its name, or a checkp
     "The checkpoint that `run` means"
     return Path(run) if (Path(run)/'model.safetensors').is_file() else Run(run, runs_dir).checkpoint()
 
-# %% ../nbs/90_cli.ipynb #830422b0
+# %% ../nbs/90_cli.ipynb #f3689bfd
 def caption_photos(folders: list[Path], # Checkpoint folders: one model, or several that vote
                    photos: tuple[str, ...], # Image files
                    options: dict[str, Any], # For `Captioner.search`, or with a temperature for `Captioner.sample`
@@ -313,7 +332,7 @@ def caption_photos(folders: list[Path], # Checkpoint folders: one model, or seve
         else: print('\n'.join(f'{photo}: {text}' for text in texts), flush=True)
     return status
 
-# %% ../nbs/90_cli.ipynb #00e251de
+# %% ../nbs/90_cli.ipynb #747c07f4
 def extract(argv: list[str]) -> int:
     "Encode every photo once and store the features, for all runs that use this encoder."
     from caption_nb.training import prepare_data, prepare_encoder, prepare_source
@@ -340,7 +359,7 @@ def check(argv: list[str]) -> int:
     print(result)
     return 0 if result.ok else 1
 
-# %% ../nbs/90_cli.ipynb #8e3c84d2
+# %% ../nbs/90_cli.ipynb #9e4ab825
 COMMANDS = dict(demo=demo, check=check, extract=extract, train=train, presets=presets, runs=runs, caption=caption)
 
 
@@ -371,5 +390,5 @@ def main(argv: list[str] | None = None, # Default: the words of the command line
         print('\n'.join(f'caption-nb {name}: {line}' for line in str(e).splitlines()), file=sys.stderr)
         return 2
 
-# %% ../nbs/90_cli.ipynb #1791d979
+# %% ../nbs/90_cli.ipynb #7804fa50
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())
