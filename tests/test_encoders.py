@@ -334,3 +334,148 @@ def test_new_weights_after_freezing_are_seen():
     assert encoder.spec['weights_sha256'] == other.spec['weights_sha256'] != before[1]
     torch.testing.assert_close(encoder.encode_batch(uint8(1, 112)), other.freeze().encode_batch(uint8(1, 112)))
     assert not any('fast' in k or 'cache' in k for k in encoder.state_dict())
+
+
+# ---- fine-tuning
+
+NETWORKS = [('mobilenetv2_050', 4), ('resnet18', 3), ('resnet18', 0), ('convnext_atto', 2), ('vit_tiny_patch16_224', 10),
+            ('deit_tiny_distilled_patch16_224', 11), ('densenet121', 3), ('scene_cnn', 0)]
+FIRST = {'mobilenetv2_050': 'blocks.5.', 'resnet18': 'layer3.', 'convnext_atto': 'stages.2.', 'vit_tiny_patch16_224': 'blocks.10.',
+         'deit_tiny_distilled_patch16_224': 'blocks.11.'}
+
+
+def learned(encoder) -> list[str]: return [n for n, p in encoder.model.named_parameters() if p.requires_grad]
+
+
+def step(encoder, optimizer, seed: int = 0):
+    "One step towards features of another photo"
+    encoder.train()   # as a training loop does
+    x = encoder.normalise(torch.randint(0, 256, (2, 3, *encoder.image_size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)))
+    optimizer.zero_grad()
+    (encoder(x) - 1).square().mean().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize('name, stage, kind', [
+    *((*n, {}) for n in NETWORKS), *((*NETWORKS[0], k) for k in (dict(foreach=False), dict(foreach=True), dict(fused=True)))])
+def test_only_the_tail_learns(name, stage, kind):
+    encoder = make_encoder(name, **SMALL).finetune(stage)
+    names, before = learned(encoder), {n: t.clone() for n, t in encoder.state_dict().items()}
+    first = FIRST.get(name, '') if stage else ''
+    assert names and names[0].startswith(first), names[:2]
+    assert encoder.finetuned == stage and not encoder.frozen and not encoder.training
+    cached = encoder.encode_batch(uint8(2)), encoder.spec['weights_sha256']
+    optimizer = torch.optim.AdamW([p for p in encoder.parameters() if p.requires_grad], 1e-3, **kind)
+    for i in range(3): step(encoder, optimizer, i)
+    assert not any(m.training for m in encoder.modules())
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in encoder.model.named_parameters()
+               if n in names and not n.endswith(('k_bias', 'attn.qkv.bias')))   # keys' bias: softmax does not see it
+    assert all((p.grad is not None) == (n in names) for n, p in encoder.model.named_parameters())
+    moved = {n.removeprefix('model.') for n, t in encoder.state_dict().items() if not torch.equal(t, before[n])}
+    assert moved == set(names)   # to the bit: no frozen parameter, no running statistic, no counter
+    if name == 'mobilenetv2_050': assert 'bn2.weight' in names and 'blocks.4.0.bn1.weight' not in names   # γ and β of the tail learn
+    own = encoder(encoder.normalise(uint8(2)))
+    torch.testing.assert_close(encoder.encode_batch(uint8(2)), own, atol=2e-4, rtol=2e-4)
+    assert (own - cached[0]).abs().max() > 1e-3 and encoder.spec['weights_sha256'] != cached[1]   # what was remembered is forgotten
+
+
+@pytest.mark.parametrize('name, stage', NETWORKS)
+def test_gradients_of_the_tail_are_those_of_the_whole(name, stage):
+    encoder = make_encoder(name, **SMALL).finetune(0)
+    x = encoder.normalise(uint8(2))
+    def gradients():
+        encoder.zero_grad(set_to_none=True)
+        encoder(x).square().mean().backward()
+        return {n: p.grad.clone() for n, p in encoder.model.named_parameters() if p.grad is not None}
+    whole, names = gradients(), learned(encoder.finetune(stage))
+    tail = gradients()
+    assert set(tail) == set(names) <= set(whole)
+    for n in names: torch.testing.assert_close(tail[n], whole[n], atol=0, rtol=0)
+
+
+def test_tails_are_nested_and_the_front_feeds_them():
+    encoder = make_encoder('vit_tiny_patch16_224', **SMALL)
+    tails = [set(learned(encoder.finetune(s))) for s in range(12)]
+    assert all(a > b for a, b in zip(tails, tails[1:])) and {'cls_token', 'pos_embed'} <= tails[0] - tails[1]
+    assert {n.split('.')[1] for n in tails[11] if n.startswith('blocks')} == {'11'} and 'norm.weight' in tails[11]
+    assert tails[0] == {n for n, _ in encoder.model.named_parameters()}
+
+
+@pytest.mark.parametrize('own, stage, names', [(2, 1, ('layer1.', 'layer2.')), (-2, 3, ('layer3.',)), (4, 4, ('layer4.',))])
+def test_stages_after_the_features_do_not_learn(own, stage, names):
+    encoder = make_encoder('resnet18', stage=own, **SMALL).finetune(stage)
+    assert {n.split('.')[0] + '.' for n in learned(encoder)} == set(names)
+    encoder(encoder.normalise(uint8(1))).sum().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in encoder.parameters())
+
+
+@pytest.mark.parametrize('name, own, stage, says', [
+    ('resnet18', -1, 5, r'stage=5 of resnet18 .* from 0 \(all of it\) to 4; stage 0: 64×32×32, .*stage 4: 512×2×2'),
+    ('resnet18', 2, 3, r'from 0 \(all of it\) to 2'), ('resnet18', -2, 4, r'to 3'), ('resnet18', -1, -1, 'stage=-1'),
+    ('scene_cnn', -1, 1, r'to 0; SceneCNN gives its last stage only'), ('vit_tiny_patch16_224', -1, 12, 'to 11')])
+def test_stage_that_cannot_learn(name, own, stage, says):
+    with pytest.raises(ValueError, match=says): make_encoder(name, stage=own, **SMALL).finetune(stage)
+
+
+def test_learning_pauses_and_goes_on():
+    encoder = make_encoder('mobilenetv2_050', **SMALL).finetune(3)
+    optimizer = torch.optim.SGD([p for p in encoder.parameters() if p.requires_grad], 0.05)
+    x = uint8(2)
+    encoder.frozen = True
+    paused = encoder.encode_batch(x)
+    assert not encoder.train()(encoder.normalise(x)).requires_grad and encoder.finetuned == 3
+    encoder.frozen = False
+    step(encoder, optimizer)
+    learning = encoder.encode_batch(x)   # before, between and after: each asks the weights of its own time
+    step(encoder, optimizer)
+    encoder.frozen = True
+    again = encoder.encode_batch(x)
+    torch.testing.assert_close(again, encoder(encoder.normalise(x)), atol=1e-4, rtol=1e-4)
+    assert min((a - b).abs().max() for a, b in ((paused, learning), (learning, again), (paused, again))) > 1e-4
+    assert torch.equal(encoder.encode_batch(x), again)
+    encoder.frozen = False
+    with torch.no_grad(): encoder.model.blocks[5][0].bn1.running_mean += 1   # somebody else's doing: seen, too
+    torch.testing.assert_close(encoder.encode_batch(x), encoder(encoder.normalise(x)), atol=1e-4, rtol=1e-4)
+
+
+def test_folded_network_is_made_once_a_pause(monkeypatch):
+    encoder, made = make_encoder('mobilenetv2_050', **SMALL).finetune(4), []
+    fold = encoders._fold_norms
+    monkeypatch.setattr(encoders, '_fold_norms', lambda m: (made.append(1), fold(m))[1])
+    optimizer = torch.optim.SGD([p for p in encoder.parameters() if p.requires_grad], 0.1, fused=True)   # which no tensor's version counts
+    for n in (1, 2):
+        encoder.frozen = True
+        for _ in range(3): encoder.encode_batch(uint8(1)); encoder.spec
+        assert len(made) == n
+        encoder.frozen = False
+        step(encoder, optimizer)
+        encoder.encode_batch(uint8(1))
+        assert len(made) == n   # while it learns, it is not worth while
+
+
+def test_stochastic_depth_and_dropout_stay_off():
+    timm = import_timm()
+    model = timm.create_model('convnext_atto', num_classes=0, drop_path_rate=0.9)
+    encoder = Encoder('convnext_atto', model, Preprocess((64, 64))).finetune(2).train()
+    x = encoder.normalise(uint8(2))
+    assert torch.equal(encoder(x), encoder(x))
+
+
+def test_freezing_ends_it():
+    encoder = make_encoder('resnet18', **SMALL).finetune(3).freeze()
+    assert encoder.finetuned is None and not learned(encoder) and not encoder.train().training
+    assert learned(encoder.finetune(4))[0].startswith('layer4') and not encoder.frozen
+
+
+@pytest.mark.parametrize('name', ['convnext_atto', 'vit_tiny_patch16_224', 'mobilenetv2_050'])
+def test_weights_that_come_are_not_drawn_before(name, tmp_path):
+    encoder = make_encoder(name, **SMALL).freeze()
+    x, file = uint8(2), tmp_path/'w.safetensors'
+    save_file({n: t.contiguous() for n, t in encoder.model.state_dict().items()}, file)
+    torch.manual_seed(0); before = torch.get_rng_state()
+    for again in (Encoder.from_spec(encoder.spec, encoder.state_dict()), make_encoder(name, file, image_size=64)):
+        assert torch.equal(again.freeze().encode_batch(x), encoder.encode_batch(x))
+        assert again.spec['weights_sha256'] == encoder.spec['weights_sha256']
+    assert torch.equal(torch.get_rng_state(), before) or name.startswith('vit')   # which draws its class token in another way
+    bare = Encoder.from_spec(encoder.spec).freeze()   # without weights they are drawn
+    assert torch.isfinite(bare.encode_batch(x)).all() and not torch.equal(torch.get_rng_state(), before)
