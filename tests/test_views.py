@@ -15,7 +15,7 @@ from PIL import Image
 
 from caption_nb import views
 from caption_nb.views import (animate_attention, best_and_worst, caption_items, caption_page, photo_array, plot_attention, plot_captions,
-                              plot_curves, read_metrics, save, save_page, show_animation, upsample_attention, word_boxes)
+                              plot_curves, plot_strip, read_metrics, save, save_page, show_animation, upsample_attention, word_boxes)
 
 WORDS = 'a red circle above a blue square'.split()
 
@@ -240,7 +240,7 @@ def test_curves_label_every_axis():
     assert legend == ['CIDEr-D', 'ROUGE-L', 'BLEU-4']   # as the lines end, from above
     lines = [(li.get_linestyle(), str(li.get_marker())) for li in fig.axes[1].get_legend().get_lines()]
     assert len({marker for _, marker in lines}) == 3    # told apart without colour
-    assert 'best CIDEr-D 1.000' in fig.axes[1].get_title()
+    assert fig.axes[1].get_title() == 'best: epoch 5, CIDEr-D 1.000'
 
 
 def test_an_unfinished_last_line_waits(tmp_path):
@@ -267,10 +267,103 @@ def test_a_resumed_run_has_each_step_once():
     assert rows == [dict(step=1, loss=9.), dict(step=2, loss=7.), dict(step=2, dev=dict(CIDEr=1.))]
 
 
-@pytest.mark.parametrize('rows', [[], LINES[:1], LINES[-1:], [dict(step=0, loss=None)], [dict(step=1, loss=float('nan'))],
-                                  [dict(step=s, loss=float('nan') if s % 3 else 1.) for s in range(40)],
-                                  [dict(step=1, dev=dict(other=.5))]])
-def test_curves_of_few_or_bad_values(rows): assert len(plot_curves(rows).axes) == 4
+NAN = float('nan')
+
+
+@pytest.mark.parametrize('rows, shown', [
+    ([], 1), (LINES[:1], 3), (LINES[-1:], 1), ([dict(step=0, loss=None)], 1), ([dict(step=1, loss=NAN)], 1),
+    ([dict(step=s, loss=NAN if s % 3 else 1.) for s in range(40)], 1), ([dict(step=1, dev=dict(other=.5))], 1),
+    ([dict(step=1, lr=0., encoder_lr=NAN)], 1), ([dict(step=1, dev_loss=2.), dict(step=2, loss=1.)], 1)])
+def test_curves_of_few_or_bad_values(rows, shown):
+    fig = plot_curves(rows)
+    fig._repr_png_()
+    assert len(fig.axes) == shown
+
+
+FULL = [dict(line, encoder_lr=line['lr']/10, memory_MB=800. + line['step'], of=100) if 'loss' in line else
+        dict(line, dev_loss=2. - line['step']/90, best=line['step'] in (20, 60)) for line in LINES]
+
+
+def test_what_there_is_gets_a_panel_and_nothing_else():
+    def labels(rows): return [ax.get_ylabel() for ax in plot_curves(rows).axes]
+    loss, rate, dev, speed, memory = names = ['train loss (nats per word)', 'learning rate', 'dev score', 'captions per second', 'memory (MB)']
+    assert labels(FULL) == names and labels(LINES) == [loss, dev, rate, speed]
+    assert labels([dict(step=1, reward=.5, baseline=.4, lr=1e-5)]) == ['reward (CIDEr-D)', rate]
+    fig = plot_curves(FULL)
+    assert [t.get_text() for t in fig.axes[0].get_legend().get_texts()] == ['train', 'dev']
+    assert [t.get_text() for t in fig.axes[1].get_legend().get_texts()] == ['decoder', 'encoder']
+    assert len({line.get_linestyle() for line in fig.axes[1].lines}) == 2     # told apart without colour
+
+
+def test_the_best_is_the_one_that_the_run_marked():
+    assert plot_curves(FULL).axes[2].get_title() == 'best: epoch 3, CIDEr-D 0.600'
+    assert views.best_evaluation(LINES)['step'] == 100 and views.best_evaluation(LINES[:9]) is None
+
+
+@pytest.mark.parametrize('rate, scale', [
+    (lambda s: 1e-3*min(1, s/80)*(1 + np.cos(np.pi*s/1000))/2, 'linear'), (lambda s: 1e-3, 'linear'), (lambda s: 1e-3*.5**(s//300), 'linear'),
+    (lambda s: 1e-3*.1**(s//300), 'log'), (lambda s: 1e-2*.99**s, 'log')])
+def test_the_rates_scale_follows_its_decades(rate, scale):
+    assert plot_curves([dict(step=s, lr=float(rate(s))) for s in range(1, 1001, 5)]).axes[0].get_yscale() == scale
+
+
+def test_a_resume_leaves_no_mark():
+    assert plot_curves(FULL + [dict(step=50, changed=dict(epochs=[5, 6]))])._repr_png_() == plot_curves(FULL)._repr_png_()
+
+
+def test_curves_of_a_long_run_are_small_and_quick():
+    rng = np.random.default_rng(0)
+    rows = [dict(FULL[0], step=s, loss=3 + rng.normal(), captions_per_second=900*rng.random(), memory_MB=700*rng.random(), encoder_lr=1e-5)
+            for s in range(5000)] + [dict(FULL[-1], step=50*s, epoch=s, dev_loss=rng.random()) for s in range(1, 100)]
+    assert len(plot_curves(rows, 'a long one')._repr_png_()) < 60_000
+
+
+# ---------------------------------------------------------------------- captions over epochs
+def said(*captions, id='a.jpg', **more):
+    return [dict(step=10*e, epoch=e, dev=dict(CIDEr=1.), references={id: c, **more}) for e, c in enumerate(captions, 1)]
+
+
+def test_history_of_captions():
+    rows = said('a dog', 'a dog', 'a cat', 'a dog')
+    assert views.caption_history(rows + [dict(step=12, loss=3.)]) == {'a.jpg': [(1, 2, 'a dog'), (3, 3, 'a cat'), (4, 4, 'a dog')]}
+    assert views.caption_history([]) == {} and views.caption_history(said('a', id='b.jpg') + said('b', 'c')[1:]) == {'a.jpg': [(2, 2, 'c')]}
+
+
+@given(st.lists(st.sampled_from('abc'), max_size=8), st.lists(st.sampled_from('abc'), max_size=8))
+def test_only_words_that_were_not_there_are_new(before, words):
+    new = views._new_words(before, words)
+    kept = iter(before)
+    assert len(new) == len(words) and all(w in kept for w, n in zip(words, new) if not n)    # a subsequence of what was there
+    assert not any(views._new_words(words, words))
+
+
+@pytest.mark.parametrize('n, images, most', [(1, 1, 5), (4, 6, 5), (9, 3, 2), (2, 2, 1)])
+def test_a_strip_shows_first_and_last_and_fits(photo, n, images, most):
+    many = [f'a dog number {e} ' + 'runs very fast over the green grass '*3 for e in range(30)]
+    ids = {f'{i} $x$.jpg': photo for i in range(images)}
+    rows = [dict(row, references=dict.fromkeys(ids, row['references']['a.jpg'])) for row in said(*many)]
+    fig = plot_strip(rows, ids, n=n, most=most, title='costs $5')
+    assert len(fig.axes) == min(n, images)
+    shown = texts(fig)
+    assert shown.count('30') == min(n, images) and ('1' in shown) == (most > 1)
+    assert sum(t == 'number' for t in shown) == min(n, images)*most
+    fig.canvas.draw()
+    page = fig.bbox
+    for t in fig.texts:
+        box = t.get_window_extent()
+        assert box.x0 >= 0 and box.x1 <= page.x1 + 1 and box.y0 >= -1 and box.y1 <= page.y1 + 1, t.get_text()
+    bold = {t.get_text() for t in fig.texts if t.get_weight() == 'bold'}
+    assert not bold & {'dog', 'grass'} and (most == 1 or '29' in bold)
+
+
+def test_a_strip_reads_photos_of_all_kinds(photo, tmp_path):
+    photo.save(tmp_path/'a.jpg')
+    rows = said('a dog', '', id='p', q='x', r='y '*3)
+    (tmp_path/'metrics.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    fig = plot_strip(tmp_path/'metrics.jsonl', dict(p=tmp_path/'a.jpg', q=photo, r=np.asarray(photo)))
+    assert len(fig.axes) == 3 and '(empty)' in texts(fig)
+    with pytest.raises(ValueError, match="no photo for 'q': did you mean 'q1'"): plot_strip(rows, dict(p=photo, q1=photo, r=photo))
+    assert texts(plot_strip(LINES, {})) == ['nothing to show yet']
 
 
 # ---------------------------------------------------------------------- captions
