@@ -140,7 +140,8 @@ def test_threads_may_share_it(whole):
 def test_memory_stays_flat(tmp_path):
     psutil = pytest.importorskip('psutil')
     ids = [f'{i}' for i in range(1000)]
-    features._create(tmp_path/'big.h5', dict(grid=[7, 7], dim=1024, views=['plain'], encoder={'name': 'x'}), ids, [0]*1000)   # 100 MB
+    record = dict(grid=[7, 7], dim=1024, views=['plain'], encoder={'name': 'x'})
+    features._create(tmp_path/'big.h5', FeatureStore, record, (49, 1024), ids, [0]*1000)   # 100 MB
     store, process = FeatureStore(tmp_path/'big.h5'), psutil.Process()
     store.read(ids[:32]); before = process.memory_info().rss
     for i in range(0, 1000, 32): store.read(ids[i:i + 32])
@@ -150,7 +151,7 @@ def test_memory_stays_flat(tmp_path):
 # ---- refusals
 
 def test_unknown_ids_and_views_are_named(whole, data, encoder, tmp_path):
-    with pytest.raises(KeyError, match="2 of the images, e.g. 'im03.png', 'x'; did you mean 'im0"):
+    with pytest.raises(KeyError, match="lacks 2 of the images, e.g. 'im03.png', 'x'; did you mean 'im0"):
         whole.read(['im000.png', 'im03.png', 'x'])
     for view in ('filp', 2, -1):
         with pytest.raises(StoreError, match='holds plain, flip'): whole.read(whole.ids[:1], view)
@@ -163,7 +164,7 @@ def test_unknown_ids_and_views_are_named(whole, data, encoder, tmp_path):
 
 def test_mismatching_store_is_refused_field_by_field(data, encoder, whole):
     other = small_encoder(1)
-    with pytest.raises(StoreError, match="encoder.weights_sha256 is '[0-9a-f]{64}', expected .*delete it to extract again"):
+    with pytest.raises(StoreError, match="encoder.weights_sha256 is '[0-9a-f]{64}', expected .*delete it to make it again"):
         again(data, other, whole.path)
     with pytest.raises(StoreError, match='encoder.stage is -1, expected -2; encoder.dim is 128, expected 64'):
         FeatureStore(whole.path, {'encoder': {**encoder.spec, 'stage': -2, 'dim': 64}})
@@ -251,7 +252,7 @@ def test_damaged_store_is_refused(whole, tmp_path, damage, says):
 
 
 def test_foreign_files(whole, tmp_path):
-    with pytest.raises(FileNotFoundError, match='there is no feature store'): FeatureStore(tmp_path/'none.h5')
+    with pytest.raises(FileNotFoundError, match='does not exist: it should be a feature store, which `extract` makes'): FeatureStore(tmp_path/'none.h5')
     with h5py.File(tmp_path/'other.h5', 'w') as f: f['features'] = np.zeros(3)
     with pytest.raises(StoreError, match='is not a feature store'): FeatureStore(tmp_path/'other.h5')
     (tmp_path/'new.h5').write_bytes(whole.path.read_bytes())
