@@ -7,7 +7,7 @@ __all__ = ['GOING', 'SHORT_NAMES', 'COMMANDS', 'parse_config', 'Follow', 'evalua
            'presets', 'runs', 'caption', 'find_checkpoint_folder', 'caption_photos', 'extract', 'check', 'MetricsTail',
            'total_steps', 'seconds_left', 'sparkline', 'watch_page', 'Page', 'readable', 'watch', 'usage', 'main']
 
-# %% ../nbs/90_cli.ipynb #770146dc
+# %% ../nbs/90_cli.ipynb #dcb41618
 import dataclasses
 import html
 import json
@@ -30,10 +30,10 @@ from fastcore.basics import patch
 from .basics import human_time, nearest
 from .runs import Run, execute, experiment, find_run, list_runs, new_run, reproduce_command, score_lines, write_summary
 
-# %% ../nbs/90_cli.ipynb #6e1a585f
+# %% ../nbs/90_cli.ipynb #b264c94c
 if TYPE_CHECKING: from caption_nb.config import Config
 
-# %% ../nbs/90_cli.ipynb #790fca0d
+# %% ../nbs/90_cli.ipynb #a8550166
 def _group_class(group: str, fields: list[dataclasses.Field], values: dict[str, Any]) -> type:
     "A dataclass of the `fields` of one group, which tyro shows under one heading"
     import tyro
@@ -63,7 +63,7 @@ def _flags_class(config: 'Config', # The defaults
 
 
 
-# %% ../nbs/90_cli.ipynb #3142e449
+# %% ../nbs/90_cli.ipynb #fd4a690f
 def parse_config(argv: list[str], # Words of the command line after the command
                  command: str = 'train', # For the help page
                  doc: str = '', # What the command does
@@ -81,7 +81,7 @@ def parse_config(argv: list[str], # Words of the command line after the command
     values = {k: v for part in found.values() if isinstance(part, dict) for k, v in part.items()}
     return Config.from_dict(dataclasses.asdict(config) | values), {k: v for k, v in found.items() if not isinstance(v, dict)}
 
-# %% ../nbs/90_cli.ipynb #ff10d590
+# %% ../nbs/90_cli.ipynb #84147c45
 class Follow:
     "Shows on the terminal what a kernel reports: call it with every message"
     def __init__(self, run: str | Path, # Run folder, whose metrics.jsonl is followed
@@ -119,7 +119,7 @@ class Follow:
         self.evaluations()
         if self.tty: self.write('\r\033[K')
 
-# %% ../nbs/90_cli.ipynb #4565fa3b
+# %% ../nbs/90_cli.ipynb #638573f0
 @patch
 def evaluations(self: Follow):
     "Print a line for each evaluation that metrics.jsonl has since the last look"
@@ -131,7 +131,7 @@ def evaluations(self: Follow):
         self.offset = f.tell() - len(rest)
     for line in filter(None, map(evaluation_line, lines)): self.line(line)
 
-# %% ../nbs/90_cli.ipynb #3d56ce35
+# %% ../nbs/90_cli.ipynb #16d65524
 def evaluation_line(line: bytes | str, # A line of metrics.jsonl
                     ) -> str: # '' if it is no evaluation
     "An evaluation in words: epoch, scores, time"
@@ -143,7 +143,7 @@ def evaluation_line(line: bytes | str, # A line of metrics.jsonl
     when = f'epoch {row["epoch"]:g}: ' if isinstance(row.get('epoch'), (int, float)) else ''
     return f'{when}dev {scores}{after}'
 
-# %% ../nbs/90_cli.ipynb #9846cb23
+# %% ../nbs/90_cli.ipynb #0248cf56
 def launch(config: 'Config', # What to run
            run_dir: str = '', # Exactly this folder, which must not exist; default: a new one in config.runs_dir
            quiet: bool = False, # Show no progress
@@ -175,7 +175,7 @@ def report(run: Path, # Run folder
     print(f'{what}\nrecord: {record}\ncontinue with: caption-nb train --resume {shlex.quote(str(run))}', file=sys.stderr)
     return 128 + signal.Signals[truth['signal']] if truth['signal'] else 130 if truth['status'] == 'interrupted' else 1
 
-# %% ../nbs/90_cli.ipynb #49935f19
+# %% ../nbs/90_cli.ipynb #7956c799
 def _resumed(argv: list[str], config: 'Config', extra: list[tuple], doc: str) -> 'Config':
     "The configuration of the run that `config.resume` names, with flags that leave it the same experiment"
     from caption_nb.config import CHANGEABLE, Config
@@ -194,7 +194,7 @@ def _run_dir() -> tuple:
     text = 'Exactly this run folder, which must not exist; otherwise a new one in --runs-dir gets a name of its own.'
     return ('run_dir', Annotated[str, tyro.conf.arg(help=text)], dataclasses.field(default=''))
 
-# %% ../nbs/90_cli.ipynb #61ada227
+# %% ../nbs/90_cli.ipynb #ddc18677
 def _preset() -> tuple:
     import tyro
     text = 'A preset (see caption-nb presets) or a YAML file, whose values the other flags change.'
@@ -234,7 +234,7 @@ def _base(argv: list[str]) -> tuple[list[str], 'Config | None']:
     stage = _given(argv, '--stage', 'xe')
     return argv, follow_up(load_preset(preset) if preset else Config.load(folder/'config.json'), folder, stage if stage == 'scst' else 'xe')
 
-# %% ../nbs/90_cli.ipynb #ad19708a
+# %% ../nbs/90_cli.ipynb #58bdecf7
 def train(argv: list[str]) -> int:
     "Train a captioner, caption and score the held-out photos, and record it all in a run folder."
     argv, base = _base(argv)
@@ -252,7 +252,7 @@ def demo(argv: list[str]) -> int:
     config, extra = parse_config(argv, 'demo', demo.__doc__, default=demo_config(), extra=[_run_dir()])
     return launch(config, extra['run_dir'])
 
-# %% ../nbs/90_cli.ipynb #b4c31be7
+# %% ../nbs/90_cli.ipynb #59e210c3
 def presets(argv: list[str]) -> int:
     "List the configurations that are shipped, for train --preset NAME."
     import tyro
@@ -298,7 +298,7 @@ def _caption_arguments(argv: list[str]) -> dict[str, Any]:
         return dict(locals())
     return tyro.cli(arguments, prog='caption-nb caption', description=caption.__doc__, args=argv)
 
-# %% ../nbs/90_cli.ipynb #0f239ad9
+# %% ../nbs/90_cli.ipynb #c5754009
 def caption(argv: list[str]) -> int:
     "Caption photos with the best checkpoint of a run, or by the vote of several."
     a = _caption_arguments(argv)
@@ -314,7 +314,7 @@ def find_checkpoint_folder(run: str, # Run folder, part of its name, or a checkp
     "The checkpoint that `run` means"
     return Path(run) if (Path(run)/'model.safetensors').is_file() else Run(run, runs_dir).checkpoint()
 
-# %% ../nbs/90_cli.ipynb #2e6a12ff
+# %% ../nbs/90_cli.ipynb #30ea0dff
 def caption_photos(folders: list[Path], # Checkpoint folders: one model, or several that vote
                    photos: tuple[str, ...], # Image files
                    options: dict[str, Any], # For `Captioner.search`, or with a temperature for `Captioner.sample`
@@ -337,7 +337,7 @@ def caption_photos(folders: list[Path], # Checkpoint folders: one model, or seve
         else: print('\n'.join(f'{photo}: {text}' for text in texts), flush=True)
     return status
 
-# %% ../nbs/90_cli.ipynb #bb530ed6
+# %% ../nbs/90_cli.ipynb #a3e10aae
 def extract(argv: list[str]) -> int:
     "Encode every photo once and store the features, for all runs that use this encoder."
     from caption_nb.training import prepare_data, prepare_encoder, prepare_source
@@ -364,7 +364,7 @@ def check(argv: list[str]) -> int:
     print(result)
     return 0 if result.ok else 1
 
-# %% ../nbs/90_cli.ipynb #fc0aff74
+# %% ../nbs/90_cli.ipynb #6e23cd04
 class MetricsTail:
     "Reads what is new in a metrics.jsonl that grows, or that is written anew"
     def __init__(self, path: str | Path):
@@ -391,7 +391,7 @@ def _read_row(line: bytes) -> dict | None:
     except ValueError: return None
     return row if isinstance(row, dict) and isinstance(row.get('step'), (int, float)) else None
 
-# %% ../nbs/90_cli.ipynb #b832a37e
+# %% ../nbs/90_cli.ipynb #49837251
 def total_steps(rows: list[dict], # Lines of metrics.jsonl
                 epochs: int | None = None, # Of the configuration
                 ) -> int | None: # None if that is not known yet
@@ -416,7 +416,7 @@ def seconds_left(rows: list[dict], # Lines of metrics.jsonl
     left = len(dev)*(total - step)/dev[-1]['step'] if each else 0    # evaluations, at the rate at which they came
     return max(0., (total - step)*per_step + (left*sum(each)/len(each) if each else 0))
 
-# %% ../nbs/90_cli.ipynb #53983f9c
+# %% ../nbs/90_cli.ipynb #1747fef9
 def sparkline(values: list[float], # In the order of time
               width: int = 40, # Columns at most
               ) -> str:
@@ -427,20 +427,21 @@ def sparkline(values: list[float], # In the order of time
     low, high = min(means, default=0), max(means, default=0)
     return ''.join('▁▂▃▄▅▆▇█'[min(7, int(8*(m - low)/(high - low)))] if high > low else '▁' for m in means)
 
-# %% ../nbs/90_cli.ipynb #9dd00849
+# %% ../nbs/90_cli.ipynb #b08b81a2
 def watch_page(run: Run, # Whose folder is read
                rows: list[dict], # The lines of its metrics.jsonl
                width: int = 80, # Columns
                height: int | None = None, # Lines at most; None: as many as it takes
-               ) -> list[str]: # Lines, none wider than `width`
+               ) -> list[str]: # Lines, none wider than `width` but a command to copy
     "What there is to know about a run, on one page of text"
     status, config = run.status, run.config
     for evaluations in (10, 6, 3, 1):
         blocks = [[run.name, *_wrapped(_state(run, status), width)], _progress(rows, config, status, width), _values(rows, width),
                   _score_table(rows, width, evaluations), _said_of_references(rows, width), _trouble(run, status, width)]
         lines = [_cut(line, width) for block in blocks if block for line in (*block, '')][:-1]
-        if height is None or len(lines) <= height: return lines
-    return lines[:height]
+        if height is None or len(lines) <= height: break
+    command = f'continue with: caption-nb train --resume {shlex.quote(str(run.path))}'
+    return lines[:height] + ([command] if status not in ('done', *GOING) else [])
 
 
 def _state(run: Run, status: str) -> list[str]:
@@ -470,7 +471,7 @@ def _progress(rows: list[dict], config: dict, status: str, width: int) -> list[s
     bar = [f'{"█"*int(share*cells):░<{cells}} {share:4.0%}'] if total and cells > 0 else []
     return bar + _wrapped(parts, width)
 
-# %% ../nbs/90_cli.ipynb #8764a4fc
+# %% ../nbs/90_cli.ipynb #f37fa3af
 GOING = ('running', 'by hand', 'not started')   # states in which a run may go on
 SHORT_NAMES = {'CIDEr': 'CIDEr-D', 'Bleu_4': 'BLEU-4', 'ROUGE_L': 'ROUGE-L', 'Bleu_1': 'BLEU-1', 'Bleu_2': 'BLEU-2', 'Bleu_3': 'BLEU-3'}
 
@@ -505,7 +506,7 @@ def _score_table(rows: list[dict], width: int, most: int) -> list[str]:
         lines.append(f'{"*" if r is best else " "} {r.get("epoch", r["step"]):>5.4g}{scores}')
     return lines
 
-# %% ../nbs/90_cli.ipynb #eec8a185
+# %% ../nbs/90_cli.ipynb #be0260cc
 def _said_of_references(rows: list[dict], width: int) -> list[str]:
     "Captions of the reference photos at the last evaluation"
     found = [r for r in rows if isinstance(r.get('references'), dict) and r['references']]
@@ -517,7 +518,7 @@ def _said_of_references(rows: list[dict], width: int) -> list[str]:
 
 
 def _trouble(run: Run, status: str, width: int) -> list[str]:
-    "Of a run that ended badly: its error, the last lines of its first rank's log, how to continue"
+    "Of a run that ended badly: its error, the last lines of its first rank's log"
     if status in ('done', *GOING): return []
     error, lines = (run.attempts[-1].get('error') if run.attempts else None) or {}, []
     if error: lines += textwrap.wrap(_plain(f'{error.get("type")}: {error.get("message")}'), max(10, width))[:8]
@@ -527,7 +528,7 @@ def _trouble(run: Run, status: str, width: int) -> list[str]:
             f.seek(max(0, log.stat().st_size - 4000))
             last = f.read().decode(errors='replace').rstrip().splitlines()[-10:]
         lines += [f'{log.relative_to(run.path)} ends with:', *(f'  {_plain(line)}' for line in last)]
-    return lines + [f'continue with: caption-nb train --resume {shlex.quote(str(run.path))}']
+    return lines
 
 
 def _plain(text: str) -> str:
@@ -554,7 +555,7 @@ def _cut(text: str, width: int) -> str:
     while _columns(text) > width: text = text[:-2] + '…' if len(text) > 2 else ''
     return text
 
-# %% ../nbs/90_cli.ipynb #0455afa2
+# %% ../nbs/90_cli.ipynb #6741e721
 class Page:
     "Lines of text that are rewritten in place"
     def __init__(self, out: Any = None): # A terminal; default: stdout
@@ -576,7 +577,7 @@ def readable(text: str, out: Any) -> str:
         text = text.translate(str.maketrans('▁▂▃▄▅▆▇█░·…–→×', '_.,:-=+#.|~->x')).encode(encoding, 'replace').decode(encoding)
     return text
 
-# %% ../nbs/90_cli.ipynb #d8cd1896
+# %% ../nbs/90_cli.ipynb #77f7db74
 def _watch_arguments(argv: list[str]) -> tuple[str, float, bool, str]:
     import tyro
     def arguments(run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar='RUN', help='Run folder, or part of its name.')],
@@ -592,17 +593,20 @@ def watch(argv: list[str]) -> int: # Exit status: 1 if the run ended without bei
     name, every, once, runs_dir = _watch_arguments(argv)
     run, live = Run(name, runs_dir), sys.stdout.isatty() and not once
     tail, page = MetricsTail(run.path/'metrics.jsonl'), Page()
-    while True:
-        if not run.path.is_dir(): raise FileNotFoundError(f'{run.path}: the run folder is gone')
-        status, size = run.status, shutil.get_terminal_size()   # the status first: when it says done, all lines are there
-        lines = watch_page(run, tail.read(), size.columns - live, size.lines - 2 if live else None)
-        if live: page.show(lines, size.columns)
-        else: print(readable('\n'.join(lines), sys.stdout))
-        if not live or status not in GOING: return 0 if status in ('done', *GOING) else 1
-        try: time.sleep(max(0.1, every))
-        except KeyboardInterrupt: print('left; the run goes on'); return 0
+    try:
+        while True:
+            if not run.path.is_dir(): raise FileNotFoundError(f'{run.path}: the run folder is gone')
+            status, size = run.status, shutil.get_terminal_size()   # the status first: when it says done, all lines are there
+            going = status in GOING
+            lines = watch_page(run, tail.read(), size.columns - live, size.lines - 1 if live and going else None)
+            if live: page.show(lines, size.columns)
+            else: print(readable('\n'.join(lines), sys.stdout))
+            if not live or not going: return 0 if going or status == 'done' else 1
+            time.sleep(max(0.1, every))
+    except KeyboardInterrupt: print('left; the run goes on')
+    return 0
 
-# %% ../nbs/90_cli.ipynb #630a8890
+# %% ../nbs/90_cli.ipynb #3b1e8d7e
 COMMANDS = dict(demo=demo, check=check, extract=extract, train=train, watch=watch, presets=presets, runs=runs, caption=caption)
 
 
@@ -633,5 +637,5 @@ def main(argv: list[str] | None = None, # Default: the words of the command line
         print('\n'.join(f'caption-nb {name}: {line}' for line in str(e).splitlines()), file=sys.stderr)
         return 2
 
-# %% ../nbs/90_cli.ipynb #c06083dc
+# %% ../nbs/90_cli.ipynb #8a72e28c
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())
