@@ -7,7 +7,7 @@ __all__ = ['PROGRESS', 'COUNTED', 'default_cache', 'prepare_data', 'prepare_enco
            'prepare_pixels', 'Machine', 'autocast', 'time_step', 'choose_machine', 'Trainer', 'count_targets',
            'memory_hint', 'give_back_memory', 'Interrupted', 'demo_config', 'main']
 
-# %% ../nbs/60_training.ipynb #d6990e67
+# %% ../nbs/60_training.ipynb #340775d0
 import copy
 import ctypes
 import hashlib
@@ -33,7 +33,7 @@ from torch import Tensor
 from .basics import atomic_write, track
 from .batches import Batch, CaptionBatches, ImageSource
 from .captioner import Captioner, CaptionModel, Evaluation, attention_maps, caption_images, description, load_encoder
-from .checkpoints import (CheckpointWriter, RunLock, checkpoint_weights, find_checkpoint, newest_sound, random_state, read_state,
+from .checkpoints import (CheckpointError, CheckpointWriter, RunLock, checkpoint_weights, find_checkpoint, newest_sound, random_state, read_state,
                                     recover_checkpoint, set_random_state, snapshot, state_bytes, weight_bytes)
 from .config import CHANGEABLE, FREE_FIELDS, Config, ConfigError, channel_values, make_decoder
 from .data import CaptionData, load_data
@@ -51,7 +51,7 @@ from .scst import SelfCritical
 from .text import Vocab, tokenize_all
 from .vectors import WordVectors, read_vectors
 
-# %% ../nbs/60_training.ipynb #ecb72c77
+# %% ../nbs/60_training.ipynb #605735a7
 def default_cache(config: Config | None = None) -> Path:
     "Where features, decoded photos and drawn scenes are kept"
     if config and config.cache_dir: return Path(config.cache_dir).expanduser()
@@ -83,7 +83,7 @@ def prepare_encoder(config: Config,
     if c.finetune_from >= 0: return encoder.finetune(c.finetune_from)
     return encoder if c.encoder_learns else encoder.freeze()
 
-# %% ../nbs/60_training.ipynb #ef4d3bd0
+# %% ../nbs/60_training.ipynb #8aecdd27
 def checked_store(path: Path, data: CaptionData, encoder: Encoder, ids: Sequence[str], views: Sequence[str]) -> FeatureStore:
     "The store at `path`, refused unless it has the `views` of all `ids` by this `encoder`; it may hold more"
     store = FeatureStore(path, expect=dict(encoder=encoder.spec))
@@ -113,7 +113,7 @@ def prepare_pixels(config: Config, data: CaptionData, encoder: Encoder, quiet: b
     if config.image_store == 'auto': path = default_image_store(data, encoder.preprocess, default_cache(config)/'images')
     return store_images(data, encoder.preprocess, path, ids, quiet=quiet)
 
-# %% ../nbs/60_training.ipynb #9a4d6640
+# %% ../nbs/60_training.ipynb #eaff31b9
 @dataclass
 class Machine:
     "How steps are computed, and how long a step took in each of the ways tried"
@@ -142,7 +142,7 @@ def time_step(model: CaptionModel, # Trained on nothing: gradients are thrown aw
         model.zero_grad(set_to_none=True)
     return min(times[1:])
 
-# %% ../nbs/60_training.ipynb #c5b66142
+# %% ../nbs/60_training.ipynb #b867b021
 def choose_machine(config: Config, # `threads` and `precision`: what it fixes is not measured
                    model: CaptionModel, # Not changed
                    batch: Batch, # A typical one, on the model's device
@@ -169,7 +169,7 @@ def choose_machine(config: Config, # `threads` and `precision`: what it fixes is
     finally: torch.set_num_threads(most)
     return Machine(best[1], best[2], seconds)
 
-# %% ../nbs/60_training.ipynb #71a546b8
+# %% ../nbs/60_training.ipynb #24e38385
 PROGRESS = ('step', 'epoch', 'seconds', 'best', 'best_epoch', 'bad', 'stalled', 'scale', 'stopped')   # of a run, kept in its checkpoints
 
 
@@ -208,7 +208,7 @@ class Trainer:
         "Steps in all"
         return self.config.epochs*self.per_epoch
 
-# %% ../nbs/60_training.ipynb #38cba455
+# %% ../nbs/60_training.ipynb #ff7641d2
 @patch
 def prepare(self: Trainer) -> Trainer:
     "Data, vocabulary, encoder, features, model, optimiser; and the state of the last sound checkpoint, if there is one"
@@ -252,7 +252,7 @@ def _one_after_the_other(self: Trainer) -> Iterator[None]:
     yield
     if self.ranks.main: self.ranks.barrier()
 
-# %% ../nbs/60_training.ipynb #77ef07c0
+# %% ../nbs/60_training.ipynb #11caf3b7
 @patch
 def _prepare_sources(self: Trainer, encoder: Encoder, epoch: int):
     "Features as long as the encoder does not learn, pixels from then on"
@@ -296,7 +296,7 @@ def _read_vectors(self: Trainer) -> WordVectors:
     counts = Counter(word for words in tokenize_all(self.data.train_captions(), c.tokenizer) for word in words)
     return read_vectors(c.word_vectors, self.vocab.words, counts, c.seed, self.quiet)
 
-# %% ../nbs/60_training.ipynb #3dd63e13
+# %% ../nbs/60_training.ipynb #fcbe2b6b
 @patch
 def _prepare_batches(self: Trainer):
     c, ranks = self.config, self.ranks
@@ -321,9 +321,9 @@ def _prepare_learning(self: Trainer):
 
 @patch
 def _start_fresh(self: Trainer):
-    if not (self.checkpoints/'best').exists():   # an attempt killed before its first checkpoint: all it logged happens again
-        (self.run/'metrics.jsonl').unlink(missing_ok=True)
-    else: self.history = read_json_lines(self.run/'metrics.jsonl')
+    if (self.checkpoints/'best').exists():
+        raise CheckpointError(f'{self.run} has a best checkpoint, but none to go on from: start a new run from its weights, with --from')
+    (self.run/'metrics.jsonl').unlink(missing_ok=True)   # of an attempt killed before its first checkpoint: it all happens again
     if not (self.run/'config.json').exists(): atomic_write(self.run/'config.json', self.config.to_json())
 
 
@@ -336,7 +336,7 @@ def _enter_epoch(self: Trainer):
     self.batches.set_epoch(self.epoch)
     self.model.train()
 
-# %% ../nbs/60_training.ipynb #2955a0d1
+# %% ../nbs/60_training.ipynb #93da45a8
 @patch
 def state(self: Trainer) -> dict:
     "All that resuming needs besides the weights, as numbers, text and tensors"
@@ -385,7 +385,7 @@ def _encoder_file(self: Trainer) -> Path:
         atomic_write(path, weight_bytes({f'encoder.{n}': t for n, t in encoder.state_dict().items()}))
     return path
 
-# %% ../nbs/60_training.ipynb #df78f290
+# %% ../nbs/60_training.ipynb #a40e2fcb
 @patch
 def _take_up(self: Trainer, state: dict):
     "Go on where the checkpoint with `state` was written; the weights are there already"
@@ -411,7 +411,7 @@ def _use(self: Trainer, machine: Machine, scaler: dict | None = None):
     self.machine, self.scaler = machine, make_scaler(machine.precision, self.device)
     if scaler: self.scaler.load_state_dict(scaler)
 
-# %% ../nbs/60_training.ipynb #e3f8ef4d
+# %% ../nbs/60_training.ipynb #971757ec
 @patch
 def _changes(self: Trainer, state: dict) -> dict[str, list]: # Field → what it was, what it is
     then, now = state['config'], self.config.to_dict()
@@ -426,7 +426,7 @@ def _check_same(self: Trainer, state: dict):
     if other: raise ConfigError(f'{self.run} cannot be continued with this configuration: {"; ".join(other)}. '
                                 'Change it back, or start a new run (--from takes over the weights)')
 
-# %% ../nbs/60_training.ipynb #2986f3bd
+# %% ../nbs/60_training.ipynb #764d5a1e
 COUNTED = {'words': 0, 'concepts': 2, 'scst': 2}   # what a part of the loss is a mean over: words, captions (the others) or images
 
 
@@ -457,7 +457,7 @@ def _parts(self: Trainer, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Te
     parts = self.model.parts(batch, c.label_smoothing, self.vocab.pad_id, own)
     return parts, dict(loss=parts['words'].detach())
 
-# %% ../nbs/60_training.ipynb #dad7d9b2
+# %% ../nbs/60_training.ipynb #85e79b60
 @patch
 def train_step(self: Trainer, batches: Sequence[Batch]): # One, or as many as are accumulated; a rank's share may be empty
     "Forward, backward and update on the captions of all `batches`"
@@ -491,7 +491,7 @@ def train_step(self: Trainer, batches: Sequence[Batch]): # One, or as many as ar
     self.tick = now
     if self.step % c.log_every == 0: self.log_steps()
 
-# %% ../nbs/60_training.ipynb #d03d9326
+# %% ../nbs/60_training.ipynb #1a6cd146
 @patch
 def _sum_over_ranks(self: Trainer, logged: dict[str, Tensor | float]) -> dict[str, Tensor | float]:
     "Sum gradients, and the numbers in `logged`, over the ranks"
@@ -530,7 +530,7 @@ def memory_hint(config: Config) -> Iterator[None]:
                           f'image_size, precision=\'bf16\'; eval_beam ({config.eval_beam}) if it happened at an evaluation. What was saved '
                           f'is not lost. ({str(e).splitlines()[0][:200]})') from e
 
-# %% ../nbs/60_training.ipynb #18a06293
+# %% ../nbs/60_training.ipynb #afacfbf9
 @patch
 def _settle(self: Trainer):
     "Turn what is known of the last steps into plain numbers, and see that they are numbers"
@@ -566,7 +566,7 @@ def log(self: Trainer, **values):
         self.events = self.events or EventFiles(self.run/'events', self.step)
         self.events.write(row)
 
-# %% ../nbs/60_training.ipynb #bc34f651
+# %% ../nbs/60_training.ipynb #dd7a80fa
 @patch
 def end_epoch(self: Trainer):
     "Log, score the dev split, keep the best, write the checkpoint"
@@ -603,7 +603,7 @@ def give_back_memory():
     try: ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError, TypeError): pass   # not glibc
 
-# %% ../nbs/60_training.ipynb #8b6cece8
+# %% ../nbs/60_training.ipynb #094479db
 @patch
 def _captions_of(self: Trainer, model: CaptionModel, ids: Sequence[str], width: int, attention: bool = False) -> dict: # Id → Hypothesis
     "The captions of `ids`, each rank writing a share of them; every rank gets all"
@@ -642,7 +642,7 @@ def judge(self: Trainer, value: float, # Higher is better
     if c.schedule == 'plateau' and self.stalled > c.plateau_patience: self.scale, self.stalled = max(self.scale*c.plateau_factor, c.lr_floor), 0
     self.stopped = bool(c.patience) and self.bad >= c.patience
 
-# %% ../nbs/60_training.ipynb #6ef73243
+# %% ../nbs/60_training.ipynb #396c765f
 class Interrupted(Exception):
     "Somebody wants the run to stop; its state is as at the last step"
 
@@ -681,7 +681,7 @@ def _begin(self: Trainer):
     if self.machine.threads: torch.set_num_threads(self.machine.threads)
     self.save('last')
 
-# %% ../nbs/60_training.ipynb #f11a3eba
+# %% ../nbs/60_training.ipynb #c213b95a
 @patch
 def _loop(self: Trainer, show: Callable):
     c, saved, shown = self.config, time.monotonic(), time.monotonic()
@@ -734,7 +734,7 @@ def status(self: Trainer) -> str:
     dev = f', dev {self.config.monitor} {abs(self.best):.3f} (epoch {self.best_epoch})' if self.best_epoch else ''
     return f'epoch {min(self.epoch + 1, self.config.epochs)}/{self.config.epochs}{loss}{dev}'
 
-# %% ../nbs/60_training.ipynb #fe39c74c
+# %% ../nbs/60_training.ipynb #b0c95329
 @patch
 def _sample_batch(self: Trainer) -> Batch:
     batches = copy.copy(self.batches)   # a copy: the place in the order stays what it is
@@ -774,7 +774,7 @@ def _loop_settings(self: Trainer) -> Iterator[None]:
         torch.use_deterministic_algorithms(deterministic)
         for s, handler in before.items(): signal.signal(s, handler)
 
-# %% ../nbs/60_training.ipynb #49451414
+# %% ../nbs/60_training.ipynb #55480c3e
 @patch
 def _fit_by_ranks(self: Trainer, show: Callable) -> list[dict]:
     "Start the ranks, follow them to the end, and take up what they have learnt"
@@ -796,7 +796,7 @@ def _fit_by_ranks(self: Trainer, show: Callable) -> list[dict]:
     self.ready = False
     return self.history
 
-# %% ../nbs/60_training.ipynb #95f512e4
+# %% ../nbs/60_training.ipynb #b2bdc853
 @patch
 def evaluate(self: Trainer, split: str = 'dev', # Which split
              width: int | None = None, # Beam width; None takes the configuration's
@@ -827,7 +827,7 @@ def _write_results(self: Trainer, result: Evaluation):
     if self.critic: results['reward'] = self.critic.signature
     atomic_write(path, json.dumps(results, indent=1) + '\n')
 
-# %% ../nbs/60_training.ipynb #fbb2d1bb
+# %% ../nbs/60_training.ipynb #2722f83e
 def demo_config(**changes, # Fields to set otherwise
                 ) -> Config:
     "The configuration of the demo: 2,000 drawn scenes, a small encoder trained jointly"
@@ -837,7 +837,7 @@ def demo_config(**changes, # Fields to set otherwise
                 threads=1)   # its operations are so small that a second thread mostly waits
     return Config.from_dict(demo | changes)
 
-# %% ../nbs/60_training.ipynb #e5614f3b
+# %% ../nbs/60_training.ipynb #832bcb1f
 def main(arguments: Sequence[str] | None = None) -> int:
     "`python -m caption_nb.training RUN`: train the run folder's config.json to the end and evaluate on dev; one rank, or all of them"
     arguments = sys.argv[1:] if arguments is None else list(arguments)
