@@ -16,11 +16,14 @@ import pytest
 import torch
 from PIL import Image
 
+import caption_nb.checkpoints as checkpoints
 import caption_nb.training as training
 from caption_nb.basics import read_json_lines
+from caption_nb.captioner import Captioner, load_model
+from caption_nb.checkpoints import CHECKPOINT_FILES, CheckpointError, RunBusy
 from caption_nb.config import Config, ConfigError
-from caption_nb.training import (CHECKPOINT_FILES, Captioner, Ema, Trainer, choose_device, find_checkpoint, load_model, main, rate_factor,
-                                 recover_checkpoint, write_checkpoint)
+from caption_nb.ranks import choose_device
+from caption_nb.training import Trainer, main
 
 
 @pytest.fixture(scope='module')
@@ -53,29 +56,11 @@ def losses(run: Path) -> list: return [(r['step'], r['loss']) for r in read_json
 
 # Pieces
 
-def test_rate_rises_and_falls_to_zero():
-    r = [rate_factor(s, 100, 10) for s in range(101)]
-    assert np.all(np.diff(r[:11]) > 0) and np.all(np.diff(r[10:]) < 0) and r[10] == 1 and r[100] == 0
-    assert rate_factor(0, 8, 80) > 0 and max(rate_factor(s, 8, 80) for s in range(8)) == 1   # a short run warms up shortly
-    assert rate_factor(99, 100, 10, 'constant') == rate_factor(99, 100, 10, 'plateau') == 1
-
-
-def test_ema_is_the_average_and_leaves_the_weights():
-    layer = torch.nn.Linear(2, 2)
-    ema, history = Ema(layer, 0.5), []
-    for step in range(1, 4):
-        with torch.no_grad(): layer.weight.add_(1.)
-        ema.update(step)
-    before = layer.weight.clone()
-    with ema.applied(): assert not torch.equal(layer.weight, before) and torch.equal(layer.weight, ema.average['weight'])
-    assert torch.equal(layer.weight, before)
-
-
 def test_plateau_and_early_stop(cache, tmp_path):
     t = Trainer(tiny(cache, schedule='plateau', plateau_patience=1, plateau_factor=0.1, patience=4), tmp_path)
     scales = []
     for t.epoch, cider in enumerate([0.1, 0.3, 0.2, 0.3, 0.1, 0.2], 1):
-        t.judge(cider)
+        t.judge(cider, t.epoch)
         scales.append(round(t.scale, 6))
     assert scales == [1, 1, 1, .1, .1, .01] and t.best_epoch == 2 and t.stopped
 
@@ -86,63 +71,18 @@ def test_unusable_device_is_named():
 
 # Checkpoints
 
-def test_checkpoint_survives_a_kill_between_any_two_operations(tmp_path, monkeypatch):
-    "Stop dead at each system call in turn, then look: the old or the new one is there, whole"
-    class Killed(BaseException): pass
-    calls = ('rename', 'fsync')
-    real = {n: getattr(os, n) for n in calls}
-    for stop in range(12):
-        folder, count = tmp_path/str(stop)/'last', 0
-        write_checkpoint(folder, {n: b'old' for n in CHECKPOINT_FILES})
-        def dying(name):
-            def call(*a, **k):
-                nonlocal count
-                count += 1
-                if count > stop: raise Killed
-                return real[name](*a, **k)
-            return call
-        with monkeypatch.context() as m:
-            for n in calls: m.setattr(os, n, dying(n))
-            try: write_checkpoint(folder, {n: b'new' for n in CHECKPOINT_FILES})
-            except Killed: pass
-        found = find_checkpoint(folder)
-        assert len({(found/n).read_bytes() for n in CHECKPOINT_FILES}) == 1
-        assert recover_checkpoint(folder) == find_checkpoint(folder)
-        assert [p.name for p in folder.parent.iterdir()] == ['last']
-
-
-@pytest.mark.parametrize('fail_at', [1, 3, 5])
-def test_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch, fail_at):
-    folder, real, count = tmp_path/'last', os.fsync, 0
-    write_checkpoint(folder, {n: b'old' for n in CHECKPOINT_FILES})
-    def full(fd):
-        nonlocal count
-        count += 1
-        if count == fail_at: raise OSError(errno.ENOSPC, 'No space left on device')
-        return real(fd)
-    with monkeypatch.context() as m:
-        m.setattr(os, 'fsync', full)
-        if fail_at == 5: write_checkpoint(folder, {n: b'new' for n in CHECKPOINT_FILES})   # the folder's own flush may be refused
-        else:
-            with pytest.raises(OSError, match='No space left.*the one before is intact.*Free some space') as e:
-                write_checkpoint(folder, {n: b'new' for n in CHECKPOINT_FILES})
-            assert e.value.errno == errno.ENOSPC
-    assert {p.read_bytes() for p in folder.iterdir()} == {b'new' if fail_at == 5 else b'old'}
-    assert [p.name for p in tmp_path.iterdir()] == ['last']
-
-
 def test_full_disk_while_training_leaves_a_run_that_continues(cache, tmp_path, monkeypatch):
     config = tiny(cache, epochs=2)
     trainer = Trainer(config, tmp_path/'run', quiet=True)
-    real, count = training.write_checkpoint, 0
-    def second_fails(folder, files):
+    real, count = checkpoints.write_checkpoint, 0
+    def third_fails(folder, files, keep):   # the first is written before the first step
         nonlocal count
         count += folder.name == 'last'
         with monkeypatch.context() as m:
             def full(fd): raise OSError(errno.ENOSPC, 'No space left on device')
-            if count == 2: m.setattr(os, 'fsync', full)
-            return real(folder, files)
-    monkeypatch.setattr(training, 'write_checkpoint', second_fails)
+            if count == 3: m.setattr(os, 'fsync', full)
+            return real(folder, files, keep)
+    monkeypatch.setattr(checkpoints, 'write_checkpoint', third_fails)
     with pytest.raises(OSError, match='No space left'): trainer.fit()
     monkeypatch.undo()
     again = Trainer(config, tmp_path/'run', quiet=True).prepare()
@@ -175,10 +115,9 @@ def test_training_state_cannot_run_code(done, tmp_path):
     class Evil:
         def __reduce__(self): return (os.system, (f'touch {tmp_path}/owned',))
     (run/'checkpoints'/'last'/'training.pt').write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(ValueError, match='training.pt is damaged'): Trainer(done.config, run, quiet=True).prepare()
+    (run/'checkpoints'/'last'/'checksums.json').unlink()   # somebody who knows how
+    with pytest.warns(UserWarning, match='training.pt is damaged.*last-1 is used instead'): Trainer(done.config, run, quiet=True).prepare()
     assert not (tmp_path/'owned').exists()
-    (run/'checkpoints'/'last'/'training.pt').unlink()
-    with pytest.raises(FileNotFoundError, match='lacks training.pt'): Trainer(done.config, run, quiet=True).prepare()
 
 
 # The loop
@@ -214,7 +153,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(cache, done, tmp_path, monkeyp
     dev = lambda r: [row['dev'] for row in read_json_lines(r/'metrics.jsonl') if 'dev' in row]
     assert dev(run) == dev(done.run) and len(dev(run)) == 3
     a, b = (torch.load(r/'checkpoints'/'last'/'training.pt', weights_only=True) for r in (run, done.run))
-    assert torch.equal(a['rng']['cpu'], b['rng']['cpu']) and a['best'] == b['best'] and a['batches'] == b['batches']
+    assert str(a['random']) == str(b['random']) and a['best'] == b['best'] and a['batches'] == b['batches']
     assert all(torch.equal(a['optimizer']['state'][i][k], v) for i, s in b['optimizer']['state'].items() for k, v in s.items())
 
 
@@ -231,10 +170,11 @@ def test_lines_of_an_attempt_without_a_checkpoint_go(cache, tmp_path):
     assert Trainer(tiny(cache), tmp_path/'run', quiet=True).prepare().history == []
 
 
-def test_lines_of_a_trained_run_stay_when_its_last_checkpoint_was_thrown_away(done, tmp_path):
+def test_trained_run_whose_last_checkpoints_were_thrown_away_is_left_alone(done, tmp_path):
     shutil.copytree(done.run, tmp_path/'run')
-    shutil.rmtree(tmp_path/'run'/'checkpoints'/'last')
-    assert Trainer(done.config, tmp_path/'run', quiet=True).prepare().history == done.history != []
+    for folder in (tmp_path/'run'/'checkpoints').glob('last*'): shutil.rmtree(folder)
+    with pytest.raises(CheckpointError, match='none to go on from.*--from'): Trainer(done.config, tmp_path/'run', quiet=True).prepare()
+    assert read_json_lines(tmp_path/'run'/'metrics.jsonl') == done.history
 
 
 def test_killed_process_continues(cache, done, tmp_path):
@@ -265,22 +205,26 @@ def test_killed_process_continues(cache, done, tmp_path):
 
 def test_another_configuration_is_refused_with_the_fields(done, tmp_path):
     run = shutil.copytree(done.run, tmp_path/'run')
-    with pytest.raises(ConfigError, match=r'lr: 0.005 then, 0.01 now; seed: 0 then, 3 now.*start a new run'):
-        Trainer(dataclasses.replace(done.config, lr=0.01, seed=3), run, quiet=True).prepare()
+    with pytest.raises(ConfigError, match=r'hidden_dim: 32 then, 16 now.*seed: 0 then, 3 now.*start a new run'):
+        Trainer(dataclasses.replace(done.config, hidden_dim=16, seed=3), run, quiet=True).prepare()
     Trainer(dataclasses.replace(done.config, beam=3, name='other'), run, quiet=True).prepare()   # these do not matter
     state = torch.load(run/'checkpoints'/'last'/'training.pt', weights_only=True)
     torch.save(state | dict(data='0', vocab='0'), run/'checkpoints'/'last'/'training.pt')
+    (run/'checkpoints'/'last'/'checksums.json').unlink()
     with pytest.raises(ConfigError, match='data: other content than then; vocab: other content'): Trainer(done.config, run, quiet=True).prepare()
 
 
 def test_loss_that_is_no_number_names_the_step(cache, tmp_path, monkeypatch):
     trainer = Trainer(tiny(cache), tmp_path/'run', quiet=True).prepare()
-    real = trainer.model.loss
-    def broken(*a, **k):
-        loss, words = real(*a, **k)
-        return (loss*math.nan if trainer.step == 5 else loss), words
-    monkeypatch.setattr(trainer.model, 'loss', broken)
-    with pytest.raises(FloatingPointError, match=r'the loss is nan at step 6 of 12 \(epoch 2\)'): trainer.fit()
+    real, seen = trainer.model.parts, []
+    def broken(batch, *a, **k):
+        seen[:] = batch.ids
+        parts = real(batch, *a, **k)
+        return parts | dict(words=parts['words']*math.nan) if trainer.step == 5 else parts
+    monkeypatch.setattr(trainer.model, 'parts', broken)
+    with pytest.raises(FloatingPointError, match=r'the loss is nan at step 6 of 12 \(epoch 2\)') as e: trainer.fit()
+    assert all(id in str(e.value) for id in seen)
+    del trainer
     again = Trainer(tiny(cache), tmp_path/'run', quiet=True).prepare()
     assert again.step == 4 and all(torch.isfinite(p).all() for p in again.model.parameters())
 
