@@ -7,7 +7,7 @@ __all__ = ['PROGRESS', 'COUNTED', 'default_cache', 'prepare_data', 'prepare_enco
            'prepare_pixels', 'Machine', 'autocast', 'time_step', 'choose_machine', 'Trainer', 'count_targets',
            'memory_hint', 'give_back_memory', 'Interrupted', 'demo_config', 'main']
 
-# %% ../nbs/60_training.ipynb #340775d0
+# %% ../nbs/60_training.ipynb #0a2ff10a
 import copy
 import ctypes
 import hashlib
@@ -40,7 +40,7 @@ from .data import CaptionData, load_data
 from .encoders import Encoder, load_weights, make_encoder
 from .features import FeatureStore, default_store_path, extract, load_images
 from .images import Augment, ImageStore, default_image_store, store_images
-from .meters import EventFiles, Meter
+from .meters import EventFiles, Meter, merge_states
 from .metrics import score
 from .optimizers import Ema, clip_gradients, load_optimizer, make_optimizer, make_scaler
 from .ranks import STOPPED, Ranks, Stopped, count_ranks, launch, sum_gradients, sync_batchnorm
@@ -51,7 +51,7 @@ from .scst import SelfCritical
 from .text import Vocab, tokenize_all
 from .vectors import WordVectors, read_vectors
 
-# %% ../nbs/60_training.ipynb #605735a7
+# %% ../nbs/60_training.ipynb #5fea51bb
 def default_cache(config: Config | None = None) -> Path:
     "Where features, decoded photos and drawn scenes are kept"
     if config and config.cache_dir: return Path(config.cache_dir).expanduser()
@@ -83,7 +83,7 @@ def prepare_encoder(config: Config,
     if c.finetune_from >= 0: return encoder.finetune(c.finetune_from)
     return encoder if c.encoder_learns else encoder.freeze()
 
-# %% ../nbs/60_training.ipynb #8aecdd27
+# %% ../nbs/60_training.ipynb #1aa413bb
 def checked_store(path: Path, data: CaptionData, encoder: Encoder, ids: Sequence[str], views: Sequence[str]) -> FeatureStore:
     "The store at `path`, refused unless it has the `views` of all `ids` by this `encoder`; it may hold more"
     store = FeatureStore(path, expect=dict(encoder=encoder.spec))
@@ -113,7 +113,7 @@ def prepare_pixels(config: Config, data: CaptionData, encoder: Encoder, quiet: b
     if config.image_store == 'auto': path = default_image_store(data, encoder.preprocess, default_cache(config)/'images')
     return store_images(data, encoder.preprocess, path, ids, quiet=quiet)
 
-# %% ../nbs/60_training.ipynb #eaff31b9
+# %% ../nbs/60_training.ipynb #6c06ca25
 @dataclass
 class Machine:
     "How steps are computed, and how long a step took in each of the ways tried"
@@ -142,7 +142,7 @@ def time_step(model: CaptionModel, # Trained on nothing: gradients are thrown aw
         model.zero_grad(set_to_none=True)
     return min(times[1:])
 
-# %% ../nbs/60_training.ipynb #b867b021
+# %% ../nbs/60_training.ipynb #00977874
 def choose_machine(config: Config, # `threads` and `precision`: what it fixes is not measured
                    model: CaptionModel, # Not changed
                    batch: Batch, # A typical one, on the model's device
@@ -169,7 +169,7 @@ def choose_machine(config: Config, # `threads` and `precision`: what it fixes is
     finally: torch.set_num_threads(most)
     return Machine(best[1], best[2], seconds)
 
-# %% ../nbs/60_training.ipynb #24e38385
+# %% ../nbs/60_training.ipynb #8216d4ca
 PROGRESS = ('step', 'epoch', 'seconds', 'best', 'best_epoch', 'bad', 'stalled', 'scale', 'stopped')   # of a run, kept in its checkpoints
 
 
@@ -208,7 +208,7 @@ class Trainer:
         "Steps in all"
         return self.config.epochs*self.per_epoch
 
-# %% ../nbs/60_training.ipynb #ff7641d2
+# %% ../nbs/60_training.ipynb #c165fc54
 @patch
 def prepare(self: Trainer) -> Trainer:
     "Data, vocabulary, encoder, features, model, optimiser; and the state of the last sound checkpoint, if there is one"
@@ -223,16 +223,19 @@ def prepare(self: Trainer) -> Trainer:
         with self._one_after_the_other():
             self.data = prepare_data(c, self.quiet)
             self.vocab = Vocab.build(self.data.train_captions(), c.min_freq, c.top_k or None, c.tokenizer)
+            self.features = self.pixels = None
             if state: self._check_same(state)
             torch.manual_seed(c.seed)
             start = last or (find_checkpoint(c.from_run) if c.from_run else None)
             encoder = prepare_encoder(c, start)
             self._prepare_sources(encoder, state['epoch'] if state else 0)
+            if state: self._check_same(state)   # now that the features are known
             self._prepare_model(encoder, start)
         self._prepare_batches()
         self._prepare_learning()
         if last: self._take_up(state)
         elif self.ranks.main: self._start_fresh()
+        self.begun = self.step
         self._enter_epoch()
         self.ready = True
     except BaseException: self.lock.release(); raise
@@ -252,12 +255,11 @@ def _one_after_the_other(self: Trainer) -> Iterator[None]:
     yield
     if self.ranks.main: self.ranks.barrier()
 
-# %% ../nbs/60_training.ipynb #11caf3b7
+# %% ../nbs/60_training.ipynb #a8d0bd59
 @patch
 def _prepare_sources(self: Trainer, encoder: Encoder, epoch: int):
     "Features as long as the encoder does not learn, pixels from then on"
     c = self.config
-    self.features = self.pixels = None
     if not c.encoder_learns or epoch < c.encoder_start: self.features = prepare_features(c, self.data, encoder, self.quiet)
     if c.encoder_learns: self.pixels = prepare_pixels(c, self.data, encoder, self.quiet)
 
@@ -296,7 +298,7 @@ def _read_vectors(self: Trainer) -> WordVectors:
     counts = Counter(word for words in tokenize_all(self.data.train_captions(), c.tokenizer) for word in words)
     return read_vectors(c.word_vectors, self.vocab.words, counts, c.seed, self.quiet)
 
-# %% ../nbs/60_training.ipynb #fcbe2b6b
+# %% ../nbs/60_training.ipynb #0325c3f4
 @patch
 def _prepare_batches(self: Trainer):
     c, ranks = self.config, self.ranks
@@ -336,19 +338,19 @@ def _enter_epoch(self: Trainer):
     self.batches.set_epoch(self.epoch)
     self.model.train()
 
-# %% ../nbs/60_training.ipynb #93da45a8
+# %% ../nbs/60_training.ipynb #cd296718
 @patch
 def state(self: Trainer) -> dict:
     "All that resuming needs besides the weights, as numbers, text and tensors"
     return dict({name: getattr(self, name) for name in PROGRESS}, batches=self.batches.state_dict(), window=self.window,
                 optimizer=self.optimizer.state_dict(), ema=self.ema and self.ema.average, scaler=self.scaler.state_dict(),
                 config=self.config.to_dict(), machine=dict(threads=self.machine.threads, precision=self.machine.precision),
-                meter=self.meter.state_dict(), history=list(self.history), **self._fingerprints())
+                history=list(self.history), **self._fingerprints())
 
 
 @patch
 def _fingerprints(self: Trainer) -> dict[str, str]:
-    "What was learnt from, in a few digits; the features of an encoder that learns change"
+    "What was learnt from, in a few digits; an encoder that learns has no features of its own"
     attrs = '' if self.config.encoder_learns else json.dumps(self.features.attrs, sort_keys=True, default=str)
     return dict(data=self.data.fingerprint, vocab=self.vocab.fingerprint, features=hashlib.sha256(attrs.encode()).hexdigest())
 
@@ -360,12 +362,12 @@ def save(self: Trainer, name: str, # 'last' or 'best'
     "Have the checkpoint `name` written; only `last` can be resumed from"
     folder, start = self.checkpoints/name, time.perf_counter()
     self._settle()
-    random = self.ranks.gather(random_state())
+    random, meters = zip(*self.ranks.gather((random_state(), self.meter.state_dict())))
     if self.ranks.main:
         shared = {'encoder.safetensors': self._encoder_file()} if self.model.encoder.frozen else {}
         weights = snapshot({n: t for n, t in self.model.state_dict().items() if not (shared and n.startswith('encoder.'))})
         small = description(self.model, self.vocab, self.config) | shared
-        state = snapshot(self.state() | dict(random=random)) if name == 'last' else None
+        state = snapshot(self.state() | dict(random=random, meter=merge_states(meters))) if name == 'last' else None
         def files():
             return {'model.safetensors': weight_bytes(weights), **small} | ({'training.pt': state_bytes(state)} if state else {})
         self.writer.submit(folder, files, keep=self.config.keep_last if state else 1)
@@ -385,7 +387,7 @@ def _encoder_file(self: Trainer) -> Path:
         atomic_write(path, weight_bytes({f'encoder.{n}': t for n, t in encoder.state_dict().items()}))
     return path
 
-# %% ../nbs/60_training.ipynb #a40e2fcb
+# %% ../nbs/60_training.ipynb #22d6f4a5
 @patch
 def _take_up(self: Trainer, state: dict):
     "Go on where the checkpoint with `state` was written; the weights are there already"
@@ -395,7 +397,7 @@ def _take_up(self: Trainer, state: dict):
     if self.ema: self.ema.average = {n: t.to(self.device) for n, t in state['ema'].items()}
     for name in PROGRESS: setattr(self, name, state[name])
     self.window, self.history = state['window'], state['history']
-    self.meter.load_state_dict(state['meter'])
+    if self.ranks.main: self.meter.load_state_dict(state['meter'])
     self._use(Machine(self.config.threads or state['machine']['threads'], state['machine']['precision'], {}), state['scaler'])
     if len(state['random']) == self.ranks.size: set_random_state(state['random'][self.ranks.rank])
     elif self.ranks.main:
@@ -411,7 +413,7 @@ def _use(self: Trainer, machine: Machine, scaler: dict | None = None):
     self.machine, self.scaler = machine, make_scaler(machine.precision, self.device)
     if scaler: self.scaler.load_state_dict(scaler)
 
-# %% ../nbs/60_training.ipynb #971757ec
+# %% ../nbs/60_training.ipynb #d169416e
 @patch
 def _changes(self: Trainer, state: dict) -> dict[str, list]: # Field → what it was, what it is
     then, now = state['config'], self.config.to_dict()
@@ -420,13 +422,15 @@ def _changes(self: Trainer, state: dict) -> dict[str, list]: # Field → what it
 
 @patch
 def _check_same(self: Trainer, state: dict):
+    "Refuse to go on from `state` with anything else than what it was trained on and with"
     other = [f'{n}: {a!r} then, {b!r} now' for n, (a, b) in self._changes(state).items() if n not in CHANGEABLE]
     own = dict(data=self.data.fingerprint, vocab=self.vocab.fingerprint)
+    if self.features is not None: own |= dict(features=self._fingerprints()['features'])
     other += [f'{what}: other content than then' for what, mine in own.items() if state[what] != mine]
     if other: raise ConfigError(f'{self.run} cannot be continued with this configuration: {"; ".join(other)}. '
                                 'Change it back, or start a new run (--from takes over the weights)')
 
-# %% ../nbs/60_training.ipynb #764d5a1e
+# %% ../nbs/60_training.ipynb #55372491
 COUNTED = {'words': 0, 'concepts': 2, 'scst': 2}   # what a part of the loss is a mean over: words, captions (the others) or images
 
 
@@ -457,7 +461,7 @@ def _parts(self: Trainer, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Te
     parts = self.model.parts(batch, c.label_smoothing, self.vocab.pad_id, own)
     return parts, dict(loss=parts['words'].detach())
 
-# %% ../nbs/60_training.ipynb #85e79b60
+# %% ../nbs/60_training.ipynb #5dc263f3
 @patch
 def train_step(self: Trainer, batches: Sequence[Batch]): # One, or as many as are accumulated; a rank's share may be empty
     "Forward, backward and update on the captions of all `batches`"
@@ -491,7 +495,7 @@ def train_step(self: Trainer, batches: Sequence[Batch]): # One, or as many as ar
     self.tick = now
     if self.step % c.log_every == 0: self.log_steps()
 
-# %% ../nbs/60_training.ipynb #1a6cd146
+# %% ../nbs/60_training.ipynb #2d5c9746
 @patch
 def _sum_over_ranks(self: Trainer, logged: dict[str, Tensor | float]) -> dict[str, Tensor | float]:
     "Sum gradients, and the numbers in `logged`, over the ranks"
@@ -530,7 +534,7 @@ def memory_hint(config: Config) -> Iterator[None]:
                           f'image_size, precision=\'bf16\'; eval_beam ({config.eval_beam}) if it happened at an evaluation. What was saved '
                           f'is not lost. ({str(e).splitlines()[0][:200]})') from e
 
-# %% ../nbs/60_training.ipynb #afacfbf9
+# %% ../nbs/60_training.ipynb #eada064e
 @patch
 def _settle(self: Trainer):
     "Turn what is known of the last steps into plain numbers, and see that they are numbers"
@@ -548,11 +552,12 @@ def log_steps(self: Trainer):
     if not self.window: return
     self._settle()
     rows, n, rates = self.window, len(self.window), {g['part']: g['lr'] for g in self.optimizer.param_groups}
+    memory = self.meter.memory()
     self.window, self.seconds = [], self.seconds + sum(row['seconds'] for row in rows)
     mean = {name: sum(row[name] for row in rows)/n for name in rows[0] if name not in ('captions', 'seconds', 'norm')}
     self.log(**mean, lr=rates['decoder'], **(dict(encoder_lr=rates['encoder']) if 'encoder' in rates else {}),
              grad_norm=sum(row['norm'] for row in rows)/n, captions_per_second=sum(r['captions'] for r in rows)/sum(r['seconds'] for r in rows),
-             memory_MB=round(self.meter.memory()['peak_MB'], 1))
+             memory_MB=round(memory.get('cuda_MB', memory['resident_MB']), 1))
 
 
 @patch
@@ -563,10 +568,10 @@ def log(self: Trainer, **values):
     if not self.ranks.main: return
     with open(self.run/'metrics.jsonl', 'a', encoding='utf-8') as f: f.write(json.dumps(row) + '\n')
     if self.config.tensorboard:
-        self.events = self.events or EventFiles(self.run/'events', self.step)
+        self.events = self.events or EventFiles(self.run/'events', self.begun)
         self.events.write(row)
 
-# %% ../nbs/60_training.ipynb #dd7a80fa
+# %% ../nbs/60_training.ipynb #d5abb35e
 @patch
 def end_epoch(self: Trainer):
     "Log, score the dev split, keep the best, write the checkpoint"
@@ -603,7 +608,7 @@ def give_back_memory():
     try: ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError, TypeError): pass   # not glibc
 
-# %% ../nbs/60_training.ipynb #094479db
+# %% ../nbs/60_training.ipynb #cfb156c9
 @patch
 def _captions_of(self: Trainer, model: CaptionModel, ids: Sequence[str], width: int, attention: bool = False) -> dict: # Id → Hypothesis
     "The captions of `ids`, each rank writing a share of them; every rank gets all"
@@ -642,7 +647,7 @@ def judge(self: Trainer, value: float, # Higher is better
     if c.schedule == 'plateau' and self.stalled > c.plateau_patience: self.scale, self.stalled = max(self.scale*c.plateau_factor, c.lr_floor), 0
     self.stopped = bool(c.patience) and self.bad >= c.patience
 
-# %% ../nbs/60_training.ipynb #396c765f
+# %% ../nbs/60_training.ipynb #107f1aea
 class Interrupted(Exception):
     "Somebody wants the run to stop; its state is as at the last step"
 
@@ -681,7 +686,7 @@ def _begin(self: Trainer):
     if self.machine.threads: torch.set_num_threads(self.machine.threads)
     self.save('last')
 
-# %% ../nbs/60_training.ipynb #c213b95a
+# %% ../nbs/60_training.ipynb #a0931b2f
 @patch
 def _loop(self: Trainer, show: Callable):
     c, saved, shown = self.config, time.monotonic(), time.monotonic()
@@ -734,7 +739,7 @@ def status(self: Trainer) -> str:
     dev = f', dev {self.config.monitor} {abs(self.best):.3f} (epoch {self.best_epoch})' if self.best_epoch else ''
     return f'epoch {min(self.epoch + 1, self.config.epochs)}/{self.config.epochs}{loss}{dev}'
 
-# %% ../nbs/60_training.ipynb #b0c95329
+# %% ../nbs/60_training.ipynb #4adf20e1
 @patch
 def _sample_batch(self: Trainer) -> Batch:
     batches = copy.copy(self.batches)   # a copy: the place in the order stays what it is
@@ -774,7 +779,7 @@ def _loop_settings(self: Trainer) -> Iterator[None]:
         torch.use_deterministic_algorithms(deterministic)
         for s, handler in before.items(): signal.signal(s, handler)
 
-# %% ../nbs/60_training.ipynb #55480c3e
+# %% ../nbs/60_training.ipynb #1e7992f6
 @patch
 def _fit_by_ranks(self: Trainer, show: Callable) -> list[dict]:
     "Start the ranks, follow them to the end, and take up what they have learnt"
@@ -796,7 +801,7 @@ def _fit_by_ranks(self: Trainer, show: Callable) -> list[dict]:
     self.ready = False
     return self.history
 
-# %% ../nbs/60_training.ipynb #b2bdc853
+# %% ../nbs/60_training.ipynb #8884e5f2
 @patch
 def evaluate(self: Trainer, split: str = 'dev', # Which split
              width: int | None = None, # Beam width; None takes the configuration's
@@ -827,7 +832,7 @@ def _write_results(self: Trainer, result: Evaluation):
     if self.critic: results['reward'] = self.critic.signature
     atomic_write(path, json.dumps(results, indent=1) + '\n')
 
-# %% ../nbs/60_training.ipynb #2722f83e
+# %% ../nbs/60_training.ipynb #f3504b02
 def demo_config(**changes, # Fields to set otherwise
                 ) -> Config:
     "The configuration of the demo: 2,000 drawn scenes, a small encoder trained jointly"
@@ -837,7 +842,7 @@ def demo_config(**changes, # Fields to set otherwise
                 threads=1)   # its operations are so small that a second thread mostly waits
     return Config.from_dict(demo | changes)
 
-# %% ../nbs/60_training.ipynb #832bcb1f
+# %% ../nbs/60_training.ipynb #00db82a0
 def main(arguments: Sequence[str] | None = None) -> int:
     "`python -m caption_nb.training RUN`: train the run folder's config.json to the end and evaluate on dev; one rank, or all of them"
     arguments = sys.argv[1:] if arguments is None else list(arguments)
