@@ -102,8 +102,8 @@ def test_what_is_no_rank_of_slurm(environ, monkeypatch):
 
 def test_several_nodes_meet_at_the_first(monkeypatch):
     monkeypatch.setattr(module, 'node_address', lambda host: f'address of {host}')
-    step = STEP | dict(SLURM_STEP_NUM_NODES='3', SLURM_STEP_NODELIST='n[2-4]', SLURM_STEP_TASKS_PER_NODE='2(x2),1',
-                       SLURM_STEP_NUM_TASKS='5', SLURM_PROCID='4', SLURM_NODEID='2', SLURM_LOCALID='0')
+    step = STEP | dict(SLURM_STEP_NUM_NODES='3', SLURM_STEP_NODELIST='n[2-4]',
+                       SLURM_STEP_TASKS_PER_NODE='2(x2),1', SLURM_STEP_NUM_TASKS='5', SLURM_PROCID='4', SLURM_NODEID='2', SLURM_LOCALID='0')
     found = slurm_variables(step)
     assert (found['MASTER_ADDR'], found['LOCAL_WORLD_SIZE'], found['WORLD_SIZE']) == ('address of n2', '1', '5')
     found = slurm_variables(step | dict(MASTER_ADDR='10.0.0.1', MASTER_PORT='5'))
@@ -119,7 +119,8 @@ def test_an_unknown_name_is_looked_up_in_slurm(monkeypatch, tmp_path):
 
 
 def test_two_jobs_on_a_node_do_not_meet():
-    ports = {slurm_variables(STEP | dict(SLURM_JOB_ID=str(j), SLURM_STEP_ID=str(s)))['MASTER_PORT'] for j in range(100, 140) for s in range(5)}
+    jobs = [STEP | dict(SLURM_JOB_ID=str(j), SLURM_STEP_ID=str(s)) for j in range(100, 140) for s in range(5)]
+    ports = {slurm_variables(job)['MASTER_PORT'] for job in jobs}
     assert len(ports) == 200
 
 
@@ -492,7 +493,7 @@ def test_four_launches_at_once(tmp_path):
         run.mkdir()
         program = script(run, """
             from caption_nb.ranks import Ranks
-            ranks = Ranks.join('cpu') if os.environ['WORLD_SIZE'] == '2' else Ranks()   # alone: without torch, faster
+            ranks = Ranks.join("cpu") if os.environ["WORLD_SIZE"] == "2" else Ranks()   # alone without torch: faster
             (run/f'sum-{rank}').write_text(str(sum(ranks.gather(int(sys.argv[2])*(rank + 1)))))
         """)
         try:
