@@ -116,7 +116,7 @@ def test_training_state_cannot_run_code(done, tmp_path):
         def __reduce__(self): return (os.system, (f'touch {tmp_path}/owned',))
     (run/'checkpoints'/'last'/'training.pt').write_bytes(pickle.dumps(Evil()))
     (run/'checkpoints'/'last'/'checksums.json').unlink()   # somebody who knows how
-    with pytest.warns(UserWarning, match='training.pt is damaged.*last-1 is used instead'): Trainer(done.config, run, quiet=True).prepare()
+    with pytest.warns(UserWarning, match='(?s)training.pt is damaged.*last-1, of step 8, is used instead'): Trainer(done.config, run, quiet=True).prepare()
     assert not (tmp_path/'owned').exists()
 
 
