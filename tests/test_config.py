@@ -23,7 +23,12 @@ from caption_nb.training import demo_config
     (dict(dropout=1.5), 'dropout=1.5: must be at most 0.95'),
     (dict(lr=-1.0), 'lr=-1.0: must be at least 0'), (dict(lr=0.0), 'lr=0.0: must be more than 0'), (dict(lr=math.nan), 'lr is not a number'),
     (dict(encoder_mean='red'), "encoder_mean='red': expected numbers such as"), (dict(encoder_std='1,2'), "one number or three"),
-    (dict(encoder='scene_cnn', features='a.h5'), 'trained jointly'), (dict(encoder='scene_cnn', flip=True), 'flip=True'),
+    (dict(encoder='scene_cnn', features='a.h5'), 'trained jointly'), (dict(crop=0.2), 'crop=0.2: the encoder mobilenetv2_100 is frozen'),
+        (dict(encoder='scene_cnn', finetune_from=2), 'learns as a whole anyway'), (dict(finetune_from=3, encoder_start=11), 'less than epochs=11'),
+        (dict(finetune_from=3, encoder_start=2, decoder_start=1), 'nothing would learn in the first 1 epochs'),
+        (dict(stage='scst'), 'name a run trained with cross-entropy'), (dict(stage='scst', from_run='a', label_smoothing=0.1), 'belongs to cross-entropy'),
+        (dict(stage='scst', from_run='a', scst_samples=1), 'leave_one_out needs at least 2'), (dict(optimizer='adma'), "did you mean 'adam'"),
+        (dict(schedule='cosin'), "did you mean 'cosine'"),
     (dict(epochs=0, beam=0), 'epochs=0: must be at least 1\nbeam=0: must be at least 1')])
 def test_config_faults_are_named(values, message):
     with pytest.raises(ConfigError) as e: Config.from_dict(values)
