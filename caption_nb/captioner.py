@@ -6,7 +6,7 @@
 __all__ = ['concept_loss', 'CaptionModel', 'description', 'model_files', 'load_encoder', 'load_model', 'search_options',
            'caption_images', 'attention_maps', 'Explanation', 'Captioner', 'Evaluation']
 
-# %% ../nbs/59_captioner.ipynb #b85a6e4c
+# %% ../nbs/59_captioner.ipynb #0325ea86
 import json
 import math
 import tempfile
@@ -36,7 +36,7 @@ from .scenes import Grounding
 from .scheduled_sampling import mixed_inputs
 from .text import Vocab, tokenize_all
 
-# %% ../nbs/59_captioner.ipynb #c8c0dd28
+# %% ../nbs/59_captioner.ipynb #1260ca14
 def concept_loss(scores: Tensor, # (B, L, V) of each word in each cell
                  tokens: Tensor, # (B*k, T) word ids of the captions
                  specials: int = 4, # The first words of the vocabulary, which are no words
@@ -47,7 +47,7 @@ def concept_loss(scores: Tensor, # (B, L, V) of each word in each cell
     found = scores.float().logsumexp(1) - math.log(L)
     return F.binary_cross_entropy_with_logits(found[:, specials:], there[:, specials:])
 
-# %% ../nbs/59_captioner.ipynb #4d635b26
+# %% ../nbs/59_captioner.ipynb #601104c4
 class CaptionModel(nn.Module):
     "An encoder and a decoder: from pixels or stored features to the loss of captions"
     def __init__(self, encoder: Encoder, decoder: Decoder,
@@ -87,7 +87,7 @@ class CaptionModel(nn.Module):
         parts = self.parts(batch, *args, **kwargs)
         return sum(parts.values()), parts['words']
 
-# %% ../nbs/59_captioner.ipynb #b44e4878
+# %% ../nbs/59_captioner.ipynb #074aac93
 def description(model: CaptionModel, vocab: Vocab, config: Config) -> dict[str, bytes]: # File name → content
     "The small files of a checkpoint: all but the weights"
     with tempfile.TemporaryDirectory() as scratch: words = vocab.save(Path(scratch)/'vocab.json').read_bytes()
@@ -99,7 +99,7 @@ def model_files(model: CaptionModel, vocab: Vocab, config: Config) -> dict[str, 
     "The files that make `model` usable elsewhere"
     return {'model.safetensors': weight_bytes(model.state_dict())} | description(model, vocab, config)
 
-# %% ../nbs/59_captioner.ipynb #6e315197
+# %% ../nbs/59_captioner.ipynb #52cf0d52
 def load_encoder(folder: str | Path, # A checkpoint or run folder
                  ) -> Encoder: # Not frozen
     "The encoder of the checkpoint in `folder`"
@@ -123,7 +123,7 @@ def load_model(folder: str | Path, # A checkpoint or run folder
     load_weights(decoder, part('decoder.'), str(folder/'model.safetensors'))
     return CaptionModel(encoder.freeze(), decoder.eval()), vocab, config
 
-# %% ../nbs/59_captioner.ipynb #487b643e
+# %% ../nbs/59_captioner.ipynb #d73b64d0
 def search_options(config: Config, vocab: Vocab) -> dict: # Arguments of `generate`
     "How `config` wants captions to be searched"
     c = config
@@ -155,7 +155,7 @@ def caption_images(model: CaptionModel, # On any device
         if check: check()
     return found
 
-# %% ../nbs/59_captioner.ipynb #94d3bb1b
+# %% ../nbs/59_captioner.ipynb #230084e2
 def attention_maps(hypothesis: Hypothesis, # With attention
                    grid: tuple[int, int], # (gh, gw)
                    ) -> Tensor | None: # (T, gh, gw), or None if the decoder does not attend
@@ -165,7 +165,7 @@ def attention_maps(hypothesis: Hypothesis, # With attention
     if a.ndim == 3: a = a.mean(1)                                  # (T, L)
     return a[:len(hypothesis.tokens)].unflatten(-1, tuple(grid))
 
-# %% ../nbs/59_captioner.ipynb #ed7e2b18
+# %% ../nbs/59_captioner.ipynb #65c1f588
 @dataclass
 class Explanation:
     "A caption, and where the decoder looked at each of its words"
@@ -177,7 +177,7 @@ class Explanation:
     @property
     def caption(self) -> str: return ' '.join(self.words)
 
-# %% ../nbs/59_captioner.ipynb #eb0f60d6
+# %% ../nbs/59_captioner.ipynb #f2db51ca
 class Captioner:
     "A trained model that captions images, or several that vote: `Captioner.load(folder).caption('photo.jpg')`"
     def __init__(self, models: CaptionModel | Sequence[CaptionModel], # Each with its own encoder and any decoder
@@ -212,7 +212,7 @@ class Captioner:
         opened, encoder = [p if isinstance(p, Image.Image) else open_image(p) for p in photos], (model or self.model).encoder
         return torch.stack([encoder.transform(p.convert('RGB')) for p in opened])
 
-# %% ../nbs/59_captioner.ipynb #512cdf66
+# %% ../nbs/59_captioner.ipynb #ecb88c28
 @patch
 def _apply(self: Captioner, how: Callable, photos: Sequence, options: dict) -> list[list[Hypothesis]]:
     "`how(decoder, grid)` for all `photos`, 32 at a time; `options` over those of the configuration"
@@ -232,7 +232,7 @@ def ids(self: Captioner, words: str) -> list[int]:
         if word not in self.vocab.words: raise ValueError(f'the model does not know the word {word!r}: {nearest(word, self.vocab.words)}')
     return [self.vocab.words.index(word) for word in tokens]
 
-# %% ../nbs/59_captioner.ipynb #d770a177
+# %% ../nbs/59_captioner.ipynb #73528407
 @patch
 def search(self: Captioner, photos: Sequence[str | Path | Image.Image], # n photos
            beam: int | None = None, # Width; None takes the configuration's
@@ -261,7 +261,7 @@ def caption(self: Captioner, photos: str | Path | Image.Image | Sequence, # A pa
     found = [self.vocab.decode(h[0].tokens) for h in self.search([photos] if one else list(photos), beam, **options)]
     return found[0] if one else found
 
-# %% ../nbs/59_captioner.ipynb #c406eb45
+# %% ../nbs/59_captioner.ipynb #8cac2563
 @patch
 def explain(self: Captioner, photo: str | Path | Image.Image, # One photo
             beam: int | None = None, # Width; None takes the configuration's
@@ -275,7 +275,7 @@ def explain(self: Captioner, photo: str | Path | Image.Image, # One photo
     seen = Image.fromarray(self.images([photo], model)[0].permute(1, 2, 0).numpy())
     return Explanation(seen, [self.vocab.words[i] for i in h.tokens], attention_maps(h, model.encoder.grid), h.score)
 
-# %% ../nbs/59_captioner.ipynb #9fabf141
+# %% ../nbs/59_captioner.ipynb #b55549f2
 @dataclass
 class Evaluation:
     "Captions of a split and what they score"
