@@ -7,7 +7,7 @@ __all__ = ['GOING', 'SHORT_NAMES', 'COMMANDS', 'parse_config', 'Follow', 'evalua
            'presets', 'runs', 'caption', 'find_checkpoint_folder', 'caption_photos', 'extract', 'check', 'MetricsTail',
            'total_steps', 'seconds_left', 'sparkline', 'watch_page', 'Page', 'readable', 'watch', 'usage', 'main']
 
-# %% ../nbs/90_cli.ipynb #73f0b2c3
+# %% ../nbs/90_cli.ipynb #aea5a4ec
 import dataclasses
 import html
 import json
@@ -30,10 +30,10 @@ from fastcore.basics import patch
 from .basics import human_time, nearest
 from .runs import Run, execute, experiment, find_run, list_runs, new_run, reproduce_command, score_lines, write_summary
 
-# %% ../nbs/90_cli.ipynb #790962ef
+# %% ../nbs/90_cli.ipynb #e2e26a13
 if TYPE_CHECKING: from caption_nb.config import Config
 
-# %% ../nbs/90_cli.ipynb #d263dd8d
+# %% ../nbs/90_cli.ipynb #1ead24f3
 def _group_class(group: str, fields: list[dataclasses.Field], values: dict[str, Any]) -> type:
     "A dataclass of the `fields` of one group, which tyro shows under one heading"
     import tyro
@@ -63,7 +63,7 @@ def _flags_class(config: 'Config', # The defaults
 
 
 
-# %% ../nbs/90_cli.ipynb #e78711e0
+# %% ../nbs/90_cli.ipynb #2d84ffb7
 def parse_config(argv: list[str], # Words of the command line after the command
                  command: str = 'train', # For the help page
                  doc: str = '', # What the command does
@@ -81,7 +81,7 @@ def parse_config(argv: list[str], # Words of the command line after the command
     values = {k: v for part in found.values() if isinstance(part, dict) for k, v in part.items()}
     return Config.from_dict(dataclasses.asdict(config) | values), {k: v for k, v in found.items() if not isinstance(v, dict)}
 
-# %% ../nbs/90_cli.ipynb #3c709b87
+# %% ../nbs/90_cli.ipynb #4a306b67
 class Follow:
     "Shows on the terminal what a kernel reports: call it with every message"
     def __init__(self, run: str | Path, # Run folder, whose metrics.jsonl is followed
@@ -119,7 +119,7 @@ class Follow:
         self.evaluations()
         if self.tty: self.write('\r\033[K')
 
-# %% ../nbs/90_cli.ipynb #b1a21913
+# %% ../nbs/90_cli.ipynb #7d8b3065
 @patch
 def evaluations(self: Follow):
     "Print a line for each evaluation that metrics.jsonl has since the last look"
@@ -131,7 +131,7 @@ def evaluations(self: Follow):
         self.offset = f.tell() - len(rest)
     for line in filter(None, map(evaluation_line, lines)): self.line(line)
 
-# %% ../nbs/90_cli.ipynb #ad2f8aca
+# %% ../nbs/90_cli.ipynb #5f064c78
 def evaluation_line(line: bytes | str, # A line of metrics.jsonl
                     ) -> str: # '' if it is no evaluation
     "An evaluation in words: epoch, scores, time"
@@ -143,7 +143,7 @@ def evaluation_line(line: bytes | str, # A line of metrics.jsonl
     when = f'epoch {row["epoch"]:g}: ' if isinstance(row.get('epoch'), (int, float)) else ''
     return f'{when}dev {scores}{after}'
 
-# %% ../nbs/90_cli.ipynb #16c9a6b9
+# %% ../nbs/90_cli.ipynb #75e977da
 def launch(config: 'Config', # What to run
            run_dir: str = '', # Exactly this folder, which must not exist; default: a new one in config.runs_dir
            quiet: bool = False, # Show no progress
@@ -175,7 +175,7 @@ def report(run: Path, # Run folder
     print(f'{what}\nrecord: {record}\ncontinue with: caption-nb train --resume {shlex.quote(str(run))}', file=sys.stderr)
     return 128 + signal.Signals[truth['signal']] if truth['signal'] else 130 if truth['status'] == 'interrupted' else 1
 
-# %% ../nbs/90_cli.ipynb #94454d38
+# %% ../nbs/90_cli.ipynb #8fb12f62
 def _resumed(argv: list[str], config: 'Config', extra: list[tuple], doc: str) -> 'Config':
     "The configuration of the run that `config.resume` names, with flags that leave it the same experiment"
     from caption_nb.config import CHANGEABLE, Config
@@ -194,7 +194,7 @@ def _run_dir() -> tuple:
     text = 'Exactly this run folder, which must not exist; otherwise a new one in --runs-dir gets a name of its own.'
     return ('run_dir', Annotated[str, tyro.conf.arg(help=text)], dataclasses.field(default=''))
 
-# %% ../nbs/90_cli.ipynb #5f795de4
+# %% ../nbs/90_cli.ipynb #8973af63
 def _preset() -> tuple:
     import tyro
     text = 'A preset (see caption-nb presets) or a YAML file, whose values the other flags change.'
@@ -234,7 +234,7 @@ def _base(argv: list[str]) -> tuple[list[str], 'Config | None']:
     stage = _given(argv, '--stage', 'xe')
     return argv, follow_up(load_preset(preset) if preset else Config.load(folder/'config.json'), folder, stage if stage == 'scst' else 'xe')
 
-# %% ../nbs/90_cli.ipynb #5138e9a1
+# %% ../nbs/90_cli.ipynb #73359761
 def train(argv: list[str]) -> int:
     "Train a captioner, caption and score the held-out photos, and record it all in a run folder."
     argv, base = _base(argv)
@@ -252,7 +252,7 @@ def demo(argv: list[str]) -> int:
     config, extra = parse_config(argv, 'demo', demo.__doc__, default=demo_config(), extra=[_run_dir()])
     return launch(config, extra['run_dir'])
 
-# %% ../nbs/90_cli.ipynb #bdfba069
+# %% ../nbs/90_cli.ipynb #e8dcad7e
 def presets(argv: list[str]) -> int:
     "List the configurations that are shipped, for train --preset NAME."
     import tyro
@@ -298,7 +298,7 @@ def _caption_arguments(argv: list[str]) -> dict[str, Any]:
         return dict(locals())
     return tyro.cli(arguments, prog='caption-nb caption', description=caption.__doc__, args=argv)
 
-# %% ../nbs/90_cli.ipynb #3cb58432
+# %% ../nbs/90_cli.ipynb #fa4bc691
 def caption(argv: list[str]) -> int:
     "Caption photos with the best checkpoint of a run, or by the vote of several."
     a = _caption_arguments(argv)
@@ -314,14 +314,14 @@ def find_checkpoint_folder(run: str, # Run folder, part of its name, or a checkp
     "The checkpoint that `run` means"
     return Path(run) if (Path(run)/'model.safetensors').is_file() else Run(run, runs_dir).checkpoint()
 
-# %% ../nbs/90_cli.ipynb #cdfbcba1
+# %% ../nbs/90_cli.ipynb #7ad6ba8b
 def caption_photos(folders: list[Path], # Checkpoint folders: one model, or several that vote
                    photos: tuple[str, ...], # Image files
                    options: dict[str, Any], # For `Captioner.search`, or with a temperature for `Captioner.sample`
                    as_json: bool = False, device: str = 'auto',
                    ) -> int: # Exit status: 1 if a photo could not be read
     "Print captions of each of `photos`; one that cannot be read is named, and the others are captioned"
-    from caption_nb.training import Captioner
+    from caption_nb.captioner import Captioner
     if not photos: raise ValueError('name at least one photo')
     captioner, status = Captioner.load(folders, device=device), 0
     how = captioner.sample if 'temperature' in options else captioner.search
@@ -337,15 +337,15 @@ def caption_photos(folders: list[Path], # Checkpoint folders: one model, or seve
         else: print('\n'.join(f'{photo}: {text}' for text in texts), flush=True)
     return status
 
-# %% ../nbs/90_cli.ipynb #11f369f7
+# %% ../nbs/90_cli.ipynb #fef89815
 def extract(argv: list[str]) -> int:
     "Encode every photo once and store the features, for all runs that use this encoder."
-    from caption_nb.training import prepare_data, prepare_encoder, prepare_source
+    from caption_nb.training import prepare_data, prepare_encoder, prepare_features
     config, _ = parse_config(argv, 'extract', extract.__doc__, groups=('data', 'encoder', 'machine'))
     start = time.monotonic()
     encoder = prepare_encoder(config)
     if not encoder.frozen: raise ValueError(f'--encoder {config.encoder} is trained jointly with the decoder: it has no features to store')
-    store = prepare_source(config, prepare_data(config), encoder)
+    store = prepare_features(config, prepare_data(config), encoder)
     print(f'{store.path}: {len(store):,} images, grid {store.grid[0]} × {store.grid[1]}, {store.dim} channels, '
           f'views {", ".join(store.views)}; {human_time(time.monotonic() - start)}')
     return 0
@@ -364,7 +364,7 @@ def check(argv: list[str]) -> int:
     print(result)
     return 0 if result.ok else 1
 
-# %% ../nbs/90_cli.ipynb #d2de97de
+# %% ../nbs/90_cli.ipynb #11c0e3ad
 class MetricsTail:
     "Reads what is new in a metrics.jsonl that grows, or that is written anew"
     def __init__(self, path: str | Path):
@@ -391,7 +391,7 @@ def _read_row(line: bytes) -> dict | None:
     except ValueError: return None
     return row if isinstance(row, dict) and isinstance(row.get('step'), (int, float)) else None
 
-# %% ../nbs/90_cli.ipynb #d0471061
+# %% ../nbs/90_cli.ipynb #2a99cbc8
 def total_steps(rows: list[dict], # Lines of metrics.jsonl
                 epochs: int | None = None, # Of the configuration
                 ) -> int | None: # None if that is not known yet
@@ -416,7 +416,7 @@ def seconds_left(rows: list[dict], # Lines of metrics.jsonl
     more = math.ceil(round(len(dev)*total/dev[-1]['step'], 6)) - len(dev) if each and dev[-1]['step'] else 0   # at the distance so far
     return max(0., (total - step)*per_step + more*(fmean(each) if each else 0))
 
-# %% ../nbs/90_cli.ipynb #931dce0d
+# %% ../nbs/90_cli.ipynb #f1f0ce81
 def sparkline(values: list[float], # In the order of time
               width: int = 40, # Columns at most
               ) -> str:
@@ -427,7 +427,7 @@ def sparkline(values: list[float], # In the order of time
     low, high = min(means, default=0), max(means, default=0)
     return ''.join('▁▂▃▄▅▆▇█'[min(7, int(8*((m - low)/(high - low))))] if high > low else '▁' for m in means)
 
-# %% ../nbs/90_cli.ipynb #cb2a84f6
+# %% ../nbs/90_cli.ipynb #12fd258a
 def watch_page(run: Run, # Whose folder is read
                rows: list[dict], # The lines of its metrics.jsonl
                width: int = 80, # Columns
@@ -471,7 +471,7 @@ def _progress(rows: list[dict], config: dict, status: str, width: int) -> list[s
     bar = [f'{"█"*int(share*cells):░<{cells}} {share:4.0%}'] if total and cells > 0 else []
     return bar + _wrapped(parts, width)
 
-# %% ../nbs/90_cli.ipynb #ca459390
+# %% ../nbs/90_cli.ipynb #9e4e1170
 GOING = ('running', 'by hand', 'not started')   # states in which a run may go on
 SHORT_NAMES = {'CIDEr': 'CIDEr-D', 'Bleu_4': 'BLEU-4', 'ROUGE_L': 'ROUGE-L', 'Bleu_1': 'BLEU-1', 'Bleu_2': 'BLEU-2', 'Bleu_3': 'BLEU-3'}
 
@@ -506,7 +506,7 @@ def _score_table(rows: list[dict], width: int, most: int) -> list[str]:
         lines.append(f'{"*" if r is best else " "} {r.get("epoch", r["step"]):>5.4g}{scores}')
     return lines
 
-# %% ../nbs/90_cli.ipynb #75216990
+# %% ../nbs/90_cli.ipynb #cabab933
 def _said_of_references(rows: list[dict], width: int) -> list[str]:
     "Captions of the reference photos at the last evaluation"
     found = [r for r in rows if isinstance(r.get('references'), dict) and r['references']]
@@ -555,7 +555,7 @@ def _cut(text: str, width: int) -> str:
     while _columns(text) > width: text = text[:-2] + '…' if len(text) > 2 else ''
     return text
 
-# %% ../nbs/90_cli.ipynb #888bd050
+# %% ../nbs/90_cli.ipynb #c61f685c
 class Page:
     "Lines of text that are rewritten in place"
     def __init__(self, out: Any = None): # A terminal; default: stdout
@@ -577,7 +577,7 @@ def readable(text: str, out: Any) -> str:
         text = text.translate(str.maketrans('▁▂▃▄▅▆▇█░·…–→×', '_.,:-=+#.|~->x')).encode(encoding, 'replace').decode(encoding)
     return text
 
-# %% ../nbs/90_cli.ipynb #4252f78d
+# %% ../nbs/90_cli.ipynb #6151dc51
 def _watch_arguments(argv: list[str]) -> tuple[str, float, bool, str]:
     import tyro
     def arguments(run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar='RUN', help='Run folder, or part of its name.')],
@@ -606,7 +606,7 @@ def watch(argv: list[str]) -> int: # Exit status: 1 if the run ended without bei
     except KeyboardInterrupt: print('\nleft; the run goes on')
     return 0
 
-# %% ../nbs/90_cli.ipynb #59f4701c
+# %% ../nbs/90_cli.ipynb #738150d7
 COMMANDS = dict(demo=demo, check=check, extract=extract, train=train, watch=watch, presets=presets, runs=runs, caption=caption)
 
 
@@ -637,5 +637,5 @@ def main(argv: list[str] | None = None, # Default: the words of the command line
         print('\n'.join(f'caption-nb {name}: {line}' for line in str(e).splitlines()), file=sys.stderr)
         return 2
 
-# %% ../nbs/90_cli.ipynb #40a50150
+# %% ../nbs/90_cli.ipynb #9277b664
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())
