@@ -6,7 +6,7 @@
 __all__ = ['concept_loss', 'CaptionModel', 'description', 'model_files', 'load_encoder', 'load_model', 'search_options',
            'caption_images', 'attention_maps', 'Explanation', 'Captioner', 'Evaluation']
 
-# %% ../nbs/59_captioner.ipynb #0325ea86
+# %% ../nbs/59_captioner.ipynb #1df93a9b
 import json
 import math
 import tempfile
@@ -34,9 +34,10 @@ from .ranks import choose_device
 from .sampling import sample as draw
 from .scenes import Grounding
 from .scheduled_sampling import mixed_inputs
+from .scst import fragment_share
 from .text import Vocab, tokenize_all
 
-# %% ../nbs/59_captioner.ipynb #1260ca14
+# %% ../nbs/59_captioner.ipynb #3ca2371f
 def concept_loss(scores: Tensor, # (B, L, V) of each word in each cell
                  tokens: Tensor, # (B*k, T) word ids of the captions
                  specials: int = 4, # The first words of the vocabulary, which are no words
@@ -47,7 +48,7 @@ def concept_loss(scores: Tensor, # (B, L, V) of each word in each cell
     found = scores.float().logsumexp(1) - math.log(L)
     return F.binary_cross_entropy_with_logits(found[:, specials:], there[:, specials:])
 
-# %% ../nbs/59_captioner.ipynb #601104c4
+# %% ../nbs/59_captioner.ipynb #f1a8927a
 class CaptionModel(nn.Module):
     "An encoder and a decoder: from pixels or stored features to the loss of captions"
     def __init__(self, encoder: Encoder, decoder: Decoder,
@@ -87,7 +88,7 @@ class CaptionModel(nn.Module):
         parts = self.parts(batch, *args, **kwargs)
         return sum(parts.values()), parts['words']
 
-# %% ../nbs/59_captioner.ipynb #074aac93
+# %% ../nbs/59_captioner.ipynb #b0189e89
 def description(model: CaptionModel, vocab: Vocab, config: Config) -> dict[str, bytes]: # File name → content
     "The small files of a checkpoint: all but the weights"
     with tempfile.TemporaryDirectory() as scratch: words = vocab.save(Path(scratch)/'vocab.json').read_bytes()
@@ -99,7 +100,7 @@ def model_files(model: CaptionModel, vocab: Vocab, config: Config) -> dict[str, 
     "The files that make `model` usable elsewhere"
     return {'model.safetensors': weight_bytes(model.state_dict())} | description(model, vocab, config)
 
-# %% ../nbs/59_captioner.ipynb #52cf0d52
+# %% ../nbs/59_captioner.ipynb #56bc4c66
 def load_encoder(folder: str | Path, # A checkpoint or run folder
                  ) -> Encoder: # Not frozen
     "The encoder of the checkpoint in `folder`"
@@ -123,7 +124,7 @@ def load_model(folder: str | Path, # A checkpoint or run folder
     load_weights(decoder, part('decoder.'), str(folder/'model.safetensors'))
     return CaptionModel(encoder.freeze(), decoder.eval()), vocab, config
 
-# %% ../nbs/59_captioner.ipynb #d73b64d0
+# %% ../nbs/59_captioner.ipynb #a6c8ccba
 def search_options(config: Config, vocab: Vocab) -> dict: # Arguments of `generate`
     "How `config` wants captions to be searched"
     c = config
@@ -155,7 +156,7 @@ def caption_images(model: CaptionModel, # On any device
         if check: check()
     return found
 
-# %% ../nbs/59_captioner.ipynb #230084e2
+# %% ../nbs/59_captioner.ipynb #a7a2f94b
 def attention_maps(hypothesis: Hypothesis, # With attention
                    grid: tuple[int, int], # (gh, gw)
                    ) -> Tensor | None: # (T, gh, gw), or None if the decoder does not attend
@@ -165,7 +166,7 @@ def attention_maps(hypothesis: Hypothesis, # With attention
     if a.ndim == 3: a = a.mean(1)                                  # (T, L)
     return a[:len(hypothesis.tokens)].unflatten(-1, tuple(grid))
 
-# %% ../nbs/59_captioner.ipynb #65c1f588
+# %% ../nbs/59_captioner.ipynb #4bf0d4a0
 @dataclass
 class Explanation:
     "A caption, and where the decoder looked at each of its words"
@@ -177,7 +178,7 @@ class Explanation:
     @property
     def caption(self) -> str: return ' '.join(self.words)
 
-# %% ../nbs/59_captioner.ipynb #f2db51ca
+# %% ../nbs/59_captioner.ipynb #df32cf46
 class Captioner:
     "A trained model that captions images, or several that vote: `Captioner.load(folder).caption('photo.jpg')`"
     def __init__(self, models: CaptionModel | Sequence[CaptionModel], # Each with its own encoder and any decoder
@@ -212,7 +213,7 @@ class Captioner:
         opened, encoder = [p if isinstance(p, Image.Image) else open_image(p) for p in photos], (model or self.model).encoder
         return torch.stack([encoder.transform(p.convert('RGB')) for p in opened])
 
-# %% ../nbs/59_captioner.ipynb #ecb88c28
+# %% ../nbs/59_captioner.ipynb #99088a66
 @patch
 def _apply(self: Captioner, how: Callable, photos: Sequence, options: dict) -> list[list[Hypothesis]]:
     "`how(decoder, grid)` for all `photos`, 32 at a time; `options` over those of the configuration"
@@ -232,7 +233,7 @@ def ids(self: Captioner, words: str) -> list[int]:
         if word not in self.vocab.words: raise ValueError(f'the model does not know the word {word!r}: {nearest(word, self.vocab.words)}')
     return [self.vocab.words.index(word) for word in tokens]
 
-# %% ../nbs/59_captioner.ipynb #73528407
+# %% ../nbs/59_captioner.ipynb #e1ef19a7
 @patch
 def search(self: Captioner, photos: Sequence[str | Path | Image.Image], # n photos
            beam: int | None = None, # Width; None takes the configuration's
@@ -261,7 +262,7 @@ def caption(self: Captioner, photos: str | Path | Image.Image | Sequence, # A pa
     found = [self.vocab.decode(h[0].tokens) for h in self.search([photos] if one else list(photos), beam, **options)]
     return found[0] if one else found
 
-# %% ../nbs/59_captioner.ipynb #8cac2563
+# %% ../nbs/59_captioner.ipynb #cc5fa2f0
 @patch
 def explain(self: Captioner, photo: str | Path | Image.Image, # One photo
             beam: int | None = None, # Width; None takes the configuration's
@@ -275,7 +276,7 @@ def explain(self: Captioner, photo: str | Path | Image.Image, # One photo
     seen = Image.fromarray(self.images([photo], model)[0].permute(1, 2, 0).numpy())
     return Explanation(seen, [self.vocab.words[i] for i in h.tokens], attention_maps(h, model.encoder.grid), h.score)
 
-# %% ../nbs/59_captioner.ipynb #b55549f2
+# %% ../nbs/59_captioner.ipynb #84c09710
 @dataclass
 class Evaluation:
     "Captions of a split and what they score"
@@ -290,6 +291,6 @@ class Evaluation:
         "For results.json"
         row = dict(scores=self.scores.corpus, signature=self.scores.signature, beam=self.beam, images=len(self.captions),
                    words=sum(len(h.tokens) for h in self.hypotheses.values())/max(1, len(self.captions)),
-                   distinct_words=len({w for c in self.captions.values() for w in c.split()}))
+                   distinct_words=len({w for c in self.captions.values() for w in c.split()}), fragments=fragment_share(self.captions.values()))
         if g := self.grounding: row['grounding'] = dict(pointing=g.pointing, chance=g.chance, ratio=g.ratio, words=g.n)
         return row
