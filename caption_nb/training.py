@@ -7,7 +7,7 @@ __all__ = ['PROGRESS', 'COUNTED', 'default_cache', 'prepare_data', 'prepare_enco
            'prepare_pixels', 'Machine', 'autocast', 'time_step', 'choose_machine', 'Trainer', 'count_targets',
            'memory_hint', 'give_back_memory', 'Interrupted', 'demo_config', 'main']
 
-# %% ../nbs/60_training.ipynb #d9811847
+# %% ../nbs/60_training.ipynb #632411d5
 import copy
 import ctypes
 import hashlib
@@ -49,11 +49,11 @@ from .ranks import STOPPED, Ranks, Stopped, count_ranks, launch, sum_gradients, 
 from .scenes import grounding, make_scenes
 from .schedules import Schedule
 from .scheduled_sampling import sampling_ratio
-from .scst import SelfCritical
+from .scst import SelfCritical, fragment_share
 from .text import Vocab, tokenize_all
 from .vectors import WordVectors, read_vectors
 
-# %% ../nbs/60_training.ipynb #8eba6bcc
+# %% ../nbs/60_training.ipynb #3ce52ed9
 def default_cache(config: Config | None = None) -> Path:
     "Where features, decoded photos and drawn scenes are kept"
     if config and config.cache_dir: return Path(config.cache_dir).expanduser()
@@ -85,7 +85,7 @@ def prepare_encoder(config: Config,
     if c.finetune_from >= 0: return encoder.finetune(c.finetune_from)
     return encoder if c.encoder_learns else encoder.freeze()
 
-# %% ../nbs/60_training.ipynb #8b2dd88f
+# %% ../nbs/60_training.ipynb #fecbf31d
 def checked_store(path: Path, data: CaptionData, encoder: Encoder, ids: Sequence[str], views: Sequence[str]) -> FeatureStore:
     "The store at `path`, refused unless it has the `views` of all `ids` by this `encoder`; it may hold more"
     store = FeatureStore(path, expect=dict(encoder=encoder.spec))
@@ -115,7 +115,7 @@ def prepare_pixels(config: Config, data: CaptionData, encoder: Encoder, quiet: b
     if config.image_store == 'auto': path = default_image_store(data, encoder.preprocess, default_cache(config)/'images')
     return store_images(data, encoder.preprocess, path, ids, quiet=quiet)
 
-# %% ../nbs/60_training.ipynb #32334958
+# %% ../nbs/60_training.ipynb #6be3aaba
 @dataclass
 class Machine:
     "How steps are computed, and how long a step took in each of the ways tried"
@@ -144,7 +144,7 @@ def time_step(model: CaptionModel, # Trained on nothing: gradients are thrown aw
         model.zero_grad(set_to_none=True)
     return min(times[1:])
 
-# %% ../nbs/60_training.ipynb #aa10e4e4
+# %% ../nbs/60_training.ipynb #68cdd074
 def choose_machine(config: Config, # `threads` and `precision`: what it fixes is not measured
                    model: CaptionModel, # Not changed
                    batch: Batch, # A typical one, on the model's device
@@ -173,7 +173,7 @@ def choose_machine(config: Config, # `threads` and `precision`: what it fixes is
     finally: torch.set_num_threads(most)
     return Machine(best[1], best[2], seconds)
 
-# %% ../nbs/60_training.ipynb #8ecf8ca8
+# %% ../nbs/60_training.ipynb #9f23adbc
 PROGRESS = ('step', 'epoch', 'seconds', 'best', 'best_epoch', 'bad', 'stalled', 'scale', 'stopped')   # of a run, kept in its checkpoints
 
 
@@ -212,7 +212,7 @@ class Trainer:
         "Steps in all"
         return self.config.epochs*self.per_epoch
 
-# %% ../nbs/60_training.ipynb #336ffa99
+# %% ../nbs/60_training.ipynb #be9866c3
 @patch
 def prepare(self: Trainer) -> Trainer:
     "Data, vocabulary, encoder, features, model, optimiser; and the state of the last sound checkpoint, if there is one"
@@ -259,7 +259,7 @@ def _one_after_the_other(self: Trainer) -> Iterator[None]:
     yield
     if self.ranks.main: self.ranks.barrier()
 
-# %% ../nbs/60_training.ipynb #0a1f22fa
+# %% ../nbs/60_training.ipynb #7e0ce9cf
 @patch
 def _prepare_sources(self: Trainer, encoder: Encoder, epoch: int):
     "Features as long as the encoder does not learn, pixels from then on"
@@ -304,7 +304,7 @@ def _read_vectors(self: Trainer) -> WordVectors:
     counts = Counter(word for words in tokenize_all(self.data.train_captions(), c.tokenizer) for word in words)
     return read_vectors(c.word_vectors, self.vocab.words, counts, c.seed, self.quiet)
 
-# %% ../nbs/60_training.ipynb #c5bb89ec
+# %% ../nbs/60_training.ipynb #80e3dabb
 @patch
 def _prepare_batches(self: Trainer):
     c, ranks = self.config, self.ranks
@@ -344,7 +344,7 @@ def _enter_epoch(self: Trainer):
     self.batches.set_epoch(self.epoch)
     self.model.train()
 
-# %% ../nbs/60_training.ipynb #d5d9fd37
+# %% ../nbs/60_training.ipynb #b5c8dc3e
 @patch
 def state(self: Trainer) -> dict:
     "All that resuming needs besides the weights, as numbers, text and tensors"
@@ -394,7 +394,7 @@ def _encoder_file(self: Trainer) -> Path:
         atomic_write(path, weight_bytes({f'encoder.{n}': t for n, t in encoder.state_dict().items()}))
     return path
 
-# %% ../nbs/60_training.ipynb #e8ffdf5e
+# %% ../nbs/60_training.ipynb #417d4c66
 @patch
 def _take_up(self: Trainer, state: dict):
     "Go on where the checkpoint with `state` was written; the weights are there already"
@@ -420,7 +420,7 @@ def _use(self: Trainer, machine: Machine, scaler: dict | None = None):
     self.machine, self.scaler = machine, make_scaler(machine.precision, self.device)
     if scaler: self.scaler.load_state_dict(scaler)
 
-# %% ../nbs/60_training.ipynb #27e5f3bf
+# %% ../nbs/60_training.ipynb #dfafd8a5
 @patch
 def _changes(self: Trainer, state: dict) -> dict[str, list]: # Field → what it was, what it is
     then, now = state['config'], self.config.to_dict()
@@ -437,7 +437,7 @@ def _check_same(self: Trainer, state: dict):
     if other: raise ConfigError(f'{self.run} cannot be continued with this configuration: {"; ".join(other)}. '
                                 'Change it back, or start a new run (--from takes over the weights)')
 
-# %% ../nbs/60_training.ipynb #f54dff95
+# %% ../nbs/60_training.ipynb #c0a3bfe6
 COUNTED = {'words': 0, 'concepts': 2, 'scst': 2}   # what a part of the loss is a mean over: words, captions (the others) or images
 
 
@@ -468,7 +468,7 @@ def _parts(self: Trainer, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Te
     parts = self.model.parts(batch, c.label_smoothing, self.vocab.pad_id, own)
     return parts, dict(loss=parts['words'].detach())
 
-# %% ../nbs/60_training.ipynb #21121a91
+# %% ../nbs/60_training.ipynb #529fea7d
 @patch
 def train_step(self: Trainer, batches: Sequence[Batch]): # One, or as many as are accumulated; a rank's share may be empty
     "Forward, backward and update on the captions of all `batches`"
@@ -505,7 +505,7 @@ def train_step(self: Trainer, batches: Sequence[Batch]): # One, or as many as ar
     self.tick = now
     if self.step % c.log_every == 0: self.log_steps()
 
-# %% ../nbs/60_training.ipynb #bf475d30
+# %% ../nbs/60_training.ipynb #faa00bcd
 @patch
 def _sum_over_ranks(self: Trainer, logged: dict[str, Tensor | float]) -> dict[str, Tensor | float]:
     "Sum gradients, and the numbers in `logged`, over the ranks"
@@ -544,7 +544,7 @@ def memory_hint(config: Config) -> Iterator[None]:
                           f'image_size, precision=\'bf16\'; eval_beam ({config.eval_beam}) if it happened at an evaluation. What was saved '
                           f'is not lost. ({str(e).splitlines()[0][:200]})') from e
 
-# %% ../nbs/60_training.ipynb #de087dfa
+# %% ../nbs/60_training.ipynb #88910cd9
 @patch
 def _settle(self: Trainer):
     "Turn what is known of the last steps into plain numbers, and see that they are numbers"
@@ -581,7 +581,7 @@ def log(self: Trainer, **values):
         self.events = self.events or EventFiles(self.run/'events', self.begun)
         self.events.write(row)
 
-# %% ../nbs/60_training.ipynb #c08aa61f
+# %% ../nbs/60_training.ipynb #14340480
 @patch
 def end_epoch(self: Trainer):
     "Log, score the dev split, keep the best, write the checkpoint"
@@ -607,7 +607,7 @@ def _score_dev(self: Trainer, epoch: int):
     seconds = time.perf_counter() - start
     self.meter.add('evaluation', seconds)
     self.log(epoch=epoch, dev=scores.corpus, **loss, signature=scores.signature, beam=c.eval_beam, best=self.best_epoch == epoch,
-             words=sum(len(h.tokens) for h in found.values())/len(found), distinct_words=len({w for t in captions.values() for w in t.split()}),
+             words=sum(len(h.tokens) for h in found.values())/len(found), distinct_words=len({w for t in captions.values() for w in t.split()}), fragments=fragment_share(captions.values()),
              references={id: captions[id] for id in ids[:c.reference_images]}, eval_seconds=round(seconds, 3))
     if self.best_epoch == epoch: self.save('best')
     self.tick = time.perf_counter()
@@ -618,7 +618,7 @@ def give_back_memory():
     try: ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError, TypeError): pass   # not glibc
 
-# %% ../nbs/60_training.ipynb #f87cc398
+# %% ../nbs/60_training.ipynb #140138cc
 @patch
 def _captions_of(self: Trainer, model: CaptionModel, ids: Sequence[str], width: int, attention: bool = False) -> dict: # Id → Hypothesis
     "The captions of `ids`, each rank writing a share of them; every rank gets all"
@@ -657,7 +657,7 @@ def judge(self: Trainer, value: float, # Higher is better
     if c.schedule == 'plateau' and self.stalled > c.plateau_patience: self.scale, self.stalled = max(self.scale*c.plateau_factor, c.lr_floor), 0
     self.stopped = bool(c.patience) and self.bad >= c.patience
 
-# %% ../nbs/60_training.ipynb #1f83668f
+# %% ../nbs/60_training.ipynb #f31ccfbb
 class Interrupted(Exception):
     "Somebody wants the run to stop; its state is as at the last step"
 
@@ -696,11 +696,12 @@ def _begin(self: Trainer):
     if self.machine.threads: torch.set_num_threads(self.machine.threads)
     self.save('last')
 
-# %% ../nbs/60_training.ipynb #05cd6a8a
+# %% ../nbs/60_training.ipynb #a6ed8a5f
 @patch
 def _loop(self: Trainer, show: Callable):
     c, saved, shown = self.config, time.monotonic(), time.monotonic()
     if c.compile: self._compile()
+    if c.from_run and not self.history: self._score_start()
     if self.ranks.size == 1: (self.run/'STOP').unlink(missing_ok=True)   # of an earlier attempt; that of ranks is their launcher's
     for batches in (bar := self._bar(self._groups(show))):
         self.train_step(batches)
@@ -711,6 +712,13 @@ def _loop(self: Trainer, show: Callable):
             if c.save_minutes and now > saved + 60*c.save_minutes: self.wanted['save'] = True
             if now > shown + 30 and not self.window: show(self.history); shown = now
         saved = self._grant(saved)
+
+
+@patch
+def _score_start(self: Trainer):
+    "What the weights of another run are worth, before they change: the first line of the record, and the first best"
+    self._score_dev(0)
+    self.save('last')
 
 
 @patch
@@ -746,10 +754,10 @@ def status(self: Trainer) -> str:
     "Where the run is, in a few words"
     last = self.window[-1] if self.window else {}
     loss = ''.join(f', {name} {float(last[name]):.3f}' for name in ('loss', 'reward') if name in last)
-    dev = f', dev {self.config.monitor} {abs(self.best):.3f} (epoch {self.best_epoch})' if self.best_epoch else ''
+    dev = f', dev {self.config.monitor} {abs(self.best):.3f} (epoch {self.best_epoch})' if self.best > -math.inf else ''
     return f'epoch {min(self.epoch + 1, self.config.epochs)}/{self.config.epochs}{loss}{dev}'
 
-# %% ../nbs/60_training.ipynb #316713c0
+# %% ../nbs/60_training.ipynb #b336d08d
 @patch
 def _sample_batch(self: Trainer) -> Batch:
     batches = copy.copy(self.batches)   # a copy: the place in the order stays what it is
@@ -789,7 +797,7 @@ def _loop_settings(self: Trainer) -> Iterator[None]:
         torch.use_deterministic_algorithms(deterministic)
         for s, handler in before.items(): signal.signal(s, handler)
 
-# %% ../nbs/60_training.ipynb #b7999cca
+# %% ../nbs/60_training.ipynb #727cded4
 @patch
 def _fit_by_ranks(self: Trainer, show: Callable) -> list[dict]:
     "Start the ranks, follow them to the end, and take up what they have learnt"
@@ -811,7 +819,7 @@ def _fit_by_ranks(self: Trainer, show: Callable) -> list[dict]:
     self.ready = False
     return self.history
 
-# %% ../nbs/60_training.ipynb #b1ecb2f7
+# %% ../nbs/60_training.ipynb #2ab05902
 @patch
 def evaluate(self: Trainer, split: str = 'dev', # Which split
              width: int | None = None, # Beam width; None takes the configuration's
@@ -842,7 +850,7 @@ def _write_results(self: Trainer, result: Evaluation):
     if self.critic: results['reward'] = self.critic.signature
     atomic_write(path, json.dumps(results, indent=1) + '\n')
 
-# %% ../nbs/60_training.ipynb #232c8961
+# %% ../nbs/60_training.ipynb #7160a8b6
 def demo_config(**changes, # Fields to set otherwise
                 ) -> Config:
     "The configuration of the demo: 2,000 drawn scenes, a small encoder trained jointly"
@@ -852,7 +860,7 @@ def demo_config(**changes, # Fields to set otherwise
                 threads=1)   # its operations are so small that a second thread mostly waits
     return Config.from_dict(demo | changes)
 
-# %% ../nbs/60_training.ipynb #30290a33
+# %% ../nbs/60_training.ipynb #f92b3fa7
 def main(arguments: Sequence[str] | None = None) -> int:
     "`python -m caption_nb.training RUN`: train the run folder's config.json to the end and evaluate on dev; one rank, or all of them"
     arguments = sys.argv[1:] if arguments is None else list(arguments)
