@@ -21,7 +21,8 @@ def make(folder: Path, n: int, L: int, D: int) -> tuple[FeatureStore, list[str]]
     "The same features, after a ReLU as of a real network, in all three forms"
     rng, ids = np.random.default_rng(0), [f'{i:06d}.jpg' for i in range(n)]
     side = int(L**0.5)
-    _create(folder/'store.h5', dict(grid=[side, L//side], dim=D, views=['plain'], precision='fp32', encoder={'name': 'bench'}), ids, [0]*n)
+    _create(folder/'store.h5', FeatureStore, dict(grid=[side, L//side], dim=D, views=['plain'], precision='fp32', encoder={'name': 'bench'}), (L, D),
+            ids, [0]*n)
     with h5py.File(folder/'store.h5', 'r+') as store, h5py.File(folder/'gzip.h5', 'w') as packed:
         other = packed.create_dataset('features', (n, L, D), 'f2', chunks=True, compression='gzip')
         for i, id in enumerate(ids):

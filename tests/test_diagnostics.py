@@ -66,7 +66,7 @@ def test_they_leave_no_trace_and_the_run_is_the_same(cache, reference, tmp_path)
     assert everything(trainer) == after
 
 
-def test_a_trace_is_not_left_by_an_error_either(cache, tmp_path, monkeypatch):
+def test_a_trace_is_not_left_by_an_error_either(cache, tmp_path):
     trainer = Trainer(tiny(cache), tmp_path/'run', quiet=True).prepare()
     before = copy.deepcopy(everything(trainer))
     with pytest.raises(RuntimeError, match='half-way'), rehearsal(trainer) as twin:
@@ -110,14 +110,6 @@ def test_sound_models_learn_a_batch_by_heart(decoder, cache, tmp_path):
     assert ax.get_xlabel() and 'nats' in ax.get_ylabel() and ax.get_yscale() == 'log'
 
 
-def broken(trainer: Trainer, how: str):
-    "Put a fault into `trainer`"
-    if how == 'images': trainer.source = trainer.batches.source = Same(trainer.batches.source)
-    if how == 'gradient':
-        for p in trainer.model.decoder.output.parameters(): p.register_hook(torch.zeros_like)
-    return trainer
-
-
 class Same:
     "Every image is the first one"
     views = ('plain', 'flip')
@@ -128,7 +120,8 @@ class Same:
 
 
 def test_pictures_that_do_not_get_through_are_suspected(cache, tmp_path):
-    trainer = broken(Trainer(tiny(cache, embed_dim=64, hidden_dim=64), tmp_path/'run', quiet=True).prepare(), 'images')
+    trainer = Trainer(tiny(cache, embed_dim=64, hidden_dim=64), tmp_path/'run', quiet=True).prepare()
+    trainer.batches.source = Same(trainer.batches.source)
     result = overfit_batch(trainer, quiet=True)
     assert not result.ok and 'all 4 images are the same' in result.suspects[0] and 'not whose they are' in result.suspects[1]
     assert 'NOT ok' in str(result) and 'suspect: ' in str(result)
@@ -151,6 +144,7 @@ def test_a_wrong_rate_is_suspected(lr, word, cache):
     assert not result.ok and any(word in s for s in result.suspects), result
 
 
+@pytest.mark.filterwarnings('ignore:no caption for the images')
 def test_loss_that_is_no_number_ends_it(cache, monkeypatch):
     real = diagnostics.plain_model
     def poisoned(model):
@@ -216,12 +210,11 @@ def test_an_explosion_ends_the_sweep(cache):
     assert f'try lr={curve.suggestion:.1e}' in str(curve) and 'configured: 0.005' in str(curve)
 
 
-def test_suggested_rate_learns(cache, reference, tmp_path):
+def test_suggested_rate_learns(cache):
     curve = find_lr(tiny(cache), quiet=True)
-    def loss(lr):
-        return overfit_batch(tiny(cache, lr=lr, encoder_lr=lr), steps=60, quiet=True).losses[-1]
+    def loss(lr): return overfit_batch(tiny(cache, lr=lr, encoder_lr=lr), steps=40, quiet=True).losses[-1]
     good = loss(curve.suggestion)
-    assert good < 0.5*loss(curve.suggestion/100) and good < 0.5*loss(30*curve.suggestion)
+    assert good < 0.7*loss(curve.suggestion/100) and good < 0.7*loss(100*curve.suggestion)
 
 
 def test_what_cannot_be_swept_is_refused(cache):
@@ -240,13 +233,14 @@ def test_rules_of_the_curve():
 
 
 def test_parts_that_begin_later_stay_still(cache, tmp_path):
-    config = tiny(cache, encoder='mobilenetv2_050', encoder_weights='random', num_images=20, image_size=32, finetune_from=5, encoder_start=1)
+    config = tiny(cache, encoder='mobilenetv2_050', encoder_weights='random', num_images=20, image_size=64, finetune_from=4, encoder_start=1)
     trainer = Trainer(config, tmp_path/'run', quiet=True).prepare()
     with rehearsal(trainer) as twin:
-        assert twin.model.encoder.frozen
-    curve = find_lr(trainer, steps=3, quiet=True)
-    assert len(curve.losses) == 3
-    assert overfit_batch(trainer, steps=3, quiet=True).losses[0] > 0
+        before = [p.clone() for p in twin.model.encoder.parameters()]
+        twin.train_step([next(iter(twin.batches))])
+        assert all(map(torch.equal, before, twin.model.encoder.parameters()))
+    assert len(find_lr(trainer, steps=3, quiet=True).losses) == 3
+    assert not any('encoder' in s for s in overfit_batch(trainer, steps=3, quiet=True).suspects)
 
 
 def test_self_critical_training_has_no_such_loss(cache, reference, tmp_path):
