@@ -1,0 +1,449 @@
+"""Train tiny runs, kill them at random moments, resume them, and compare the end, bit for bit, with runs that nobody killed.
+
+    python -m tests.faults --kills 20 --seed 1             # one process a run
+    python -m tests.faults --kills 20 --seed 1 --ranks 2   # two processes a run, on gloo
+
+prints what was hit, and by what. `tests/test_faults.py` does the same with fewer kills."""
+import argparse
+import contextlib
+import functools
+import hashlib
+import json
+import mmap
+import os
+import random
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from caption_nb.basics import read_json_lines
+from caption_nb.checkpoints import checkpoint_step, generations, verify
+from caption_nb.config import Config
+from caption_nb.ranks import STOPPED
+
+TIMES = {'seconds', 'captions_per_second', 'eval_seconds', 'memory_MB'}   # of a line of metrics.jsonl: never twice the same
+PHASES = ('starting', 'resuming', 'training', 'evaluation', 'results')
+SIGNALS = dict(KILL=signal.SIGKILL, TERM=signal.SIGTERM, INT=signal.SIGINT, USR2=getattr(signal, 'SIGUSR2', None))
+
+
+# ---- what is trained --------------------------------------------------------------------------------------------
+
+def joint(cache: Path, **changes) -> Config:
+    "All that draws random numbers or counts: 33 train scenes in batches of 4, so the last batch has one image and the last step one batch"
+    return Config.from_dict(dict(
+        encoder='scene_cnn', num_images=41, image_size=64, min_freq=1, flip=True, crop=0.2, colour=0.2, embed_dim=32, hidden_dim=32,
+        attention_dim=16, dropout=0.2, feature_dropout=0.1, sampling_ratio=0.3, ema=0.9, accumulate=2, images_per_batch=4,
+        captions_per_image=2, epochs=4, lr=5e-3, warmup_steps=4, log_every=3, dev_loss=True, max_len=12, beam=2, precision='fp32', threads=1,
+        device='cpu', save_minutes=0.004, keep_last=2, cache_dir=str(cache)) | changes)
+
+
+def scenarios(cache: Path, taught: Path) -> dict[str, Config]:
+    "What is killed; `taught` is a run that self-critical training starts from"
+    small = dict(encoder='mobilenetv2_050', encoder_weights='random', finetune_from=3, encoder_start=1, image_store=str(cache/'photos.h5'))
+    return {'joint': joint(cache), 'fp16': joint(cache, precision='fp16', schedule='plateau', plateau_patience=0, sampling_schedule='sigmoid'),
+            'scst': joint(cache, stage='scst', from_run=str(taught), sampling_ratio=0., scst_samples=3, epochs=2, dev_loss=False),
+            'fine-tuning': joint(cache, **small, epochs=3, optimizer='lion', monitor='loss', decoder='transformer', heads=2, ffn_dim=32,
+                                 num_layers=1, attention_dim=512)}
+
+
+# ---- where a trainer is -----------------------------------------------------------------------------------------
+
+class Phases:
+    "What a trainer does right now, in memory that it shares with who watches it, and that outlives it"
+    form = struct.Struct('iiiii')   # phase, is a checkpoint being written?, how many were, steps done, step at which it began
+
+    def __init__(self, path: Path):
+        path.touch()
+        os.truncate(path, self.form.size)
+        with open(path, 'r+b') as f: self.memory = mmap.mmap(f.fileno(), self.form.size)
+        self.set(0, 0, 0, 0, -1)
+
+    def set(self, *values): self.form.pack_into(self.memory, 0, *values)
+    def get(self) -> tuple[int, ...]: return self.form.unpack_from(self.memory)
+    def put(self, place: int, value: int): struct.pack_into('i', self.memory, 4*place, value)
+
+    @property
+    def phase(self) -> str: return PHASES[self.get()[0]]
+    @property
+    def writing(self) -> bool: return bool(self.get()[1])
+    @property
+    def written(self) -> int: return self.get()[2]
+    @property
+    def step(self) -> int: return self.get()[3]
+    @property
+    def begun(self) -> int: return self.get()[4]
+    def __str__(self) -> str: return self.phase + ' + checkpoint'*self.writing
+
+    def follow(self):
+        "Have the trainer of this process say where it is"
+        from caption_nb import checkpoints, training
+        Trainer, whole = training.Trainer, checkpoints.write_checkpoint
+        def during(name: str, before: Callable, after: Callable):
+            real = getattr(Trainer, name)
+            @functools.wraps(real)
+            def step(trainer, *args, **kwargs):
+                self.put(0, before(trainer))
+                done = real(trainer, *args, **kwargs)
+                after(trainer)
+                return done
+            setattr(Trainer, name, step)
+        during('prepare', lambda t: int((t.checkpoints/'last').exists()), lambda t: self.put(4, t.step) or self.put(3, t.step))
+        during('train_step', lambda t: 2, lambda t: self.put(3, t.step))
+        during('_score_dev', lambda t: 3, lambda t: self.put(0, 2))
+        during('evaluate', lambda t: 4, lambda t: None)
+        def write(*args, **kwargs):
+            self.put(1, 1)
+            try: return whole(*args, **kwargs)
+            finally: self.put(1, 0); self.put(2, self.written + 1)
+        checkpoints.write_checkpoint = write
+
+
+# ---- a trainer in a fraction of a second ------------------------------------------------------------------------
+
+def serve():
+    "Fork the trainers of a run for each line on standard input; say their pids, and later how they ended"
+    import accelerate, torch._dynamo, PIL.Image   # what a trainer imports late  # noqa: E401, F401
+    from caption_nb import encoders, training   # noqa: F401
+    PIL.Image.init()
+    encoders.import_timm()
+    print('ready', flush=True)
+    for line in sys.stdin:
+        job = json.loads(line)
+        pids = [_fork(job, env, phases) for env, phases in zip(job['environ'], job['phases'])]
+        print(json.dumps(pids), flush=True)
+        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]), flush=True)
+
+
+def _fork(job: dict, environ: dict, phases: str) -> int:
+    if pid := os.fork(): return pid
+    code = 1
+    try:
+        os.environ.update(environ)
+        log = os.open(job['log'], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        for fd, mine in ((os.open(os.devnull, os.O_RDONLY), 0), (log, 1), (log, 2)): os.dup2(fd, mine)
+        Phases(Path(phases)).follow()
+        from caption_nb.training import main
+        code = main([job['run']])
+    except BaseException: traceback.print_exc()
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+
+
+class Server:
+    "A process that has imported everything and forks trainers"
+    def __enter__(self):
+        env = {n: v for n, v in os.environ.items() if not n.startswith('SLURM_') and n not in ('RANK', 'WORLD_SIZE')}
+        self.process = subprocess.Popen([sys.executable, __file__, '--serve'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                        env=env | dict(OMP_NUM_THREADS='1'), start_new_session=True)
+        assert self.process.stdout.readline() == 'ready\n', 'the fork server did not start'
+        return self
+
+    def __exit__(self, kind, *_):
+        if kind: os.killpg(self.process.pid, signal.SIGKILL)   # with all trainers
+        self.process.stdin.close()
+        self.process.wait(60)
+
+
+class Forked:
+    "The trainers of one run, one a rank"
+    def __init__(self, server: Server, run: Path, ranks: int = 1):
+        self.server, self.run, self.codes = server, run, None
+        paths = [run.with_name(f'{run.name}.phases-{r}') for r in range(ranks)]
+        self.phases = [Phases(p) for p in paths]
+        group = dict(WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()))
+        environ = [dict(group, RANK=str(r), LOCAL_RANK=str(r)) if ranks > 1 else {} for r in range(ranks)]
+        job = dict(run=str(run), log=str(run.with_name(f'{run.name}.log')), environ=environ, phases=list(map(str, paths)))
+        print(json.dumps(job), file=server.process.stdin, flush=True)
+        self.pids = json.loads(server.process.stdout.readline())
+
+    def alive(self) -> bool: return any(_alive(pid) for pid in self.pids)
+
+    def send(self, number: int, rank: int = 0):
+        with contextlib.suppress(ProcessLookupError): os.kill(self.pids[rank], number)
+
+    def wait(self) -> list[int]: # Exit codes
+        if self.codes is None: self.codes = json.loads(self.server.process.stdout.readline())
+        return self.codes
+
+
+class Started:
+    "A trainer as anybody starts it: `python -m caption_nb.training RUN`; where it is can only be seen from its files"
+    phases = ()
+
+    def __init__(self, run: Path):
+        self.run = run
+        with open(run.with_name(f'{run.name}.log'), 'ab') as log:
+            self.process = subprocess.Popen([sys.executable, '-m', 'caption_nb.training', str(run)], stdout=log, stderr=log,
+                                            env={**os.environ, 'OMP_NUM_THREADS': '1'})
+
+    def alive(self) -> bool: return self.process.poll() is None
+    def send(self, number: int): self.process.send_signal(number)
+    def wait(self) -> list[int]: return [self.process.wait()]
+
+
+def _alive(pid: int) -> bool:
+    "Does `pid` still run? A zombie does not"
+    try: return Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[0] != 'Z'
+    except (FileNotFoundError, ProcessLookupError): return False
+
+
+def free_port() -> int:
+    "A port that is free, below those that systems give away"
+    while True:
+        port = random.SystemRandom().randrange(12000, 32000)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(('127.0.0.1', port))
+            return port
+
+
+# ---- what was learnt --------------------------------------------------------------------------------------------
+
+def sha256(path: Path) -> str: return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def lines(run: Path) -> list[dict]:
+    "metrics.jsonl without what no two runs share"
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_json_lines(run/'metrics.jsonl')]
+
+
+def state(run: Path) -> dict:
+    "What training.pt holds, without times"
+    found = torch.load(run/'checkpoints'/'last'/'training.pt', weights_only=True)
+    return {k: v for k, v in found.items() if k not in ('seconds', 'meter', 'history', 'window')}
+
+
+def unlike(a, b, name: str = '') -> list[str]:
+    "Where the trees `a` and `b` differ, down to the bit"
+    if type(a) is not type(b): return [f'{name}: {type(a).__name__} and {type(b).__name__}']
+    if isinstance(a, dict):
+        if a.keys() != b.keys(): return [f'{name}: {sorted(map(str, a.keys() ^ b.keys()))} only in one']
+        return [d for k in a for d in unlike(a[k], b[k], f'{name}.{k}')]
+    if isinstance(a, (list, tuple)):
+        if len(a) != len(b): return [f'{name}: {len(a)} and {len(b)} long']
+        return [d for i, (x, y) in enumerate(zip(a, b)) for d in unlike(x, y, f'{name}[{i}]')]
+    same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    return [] if same else [f'{name}: {a!r:.60} and {b!r:.60}']
+
+
+def differences(run: Path, whole: Path) -> list[str]:
+    "In what the finished `run` differs from the uninterrupted `whole`; nothing is expected"
+    weights = [f'checkpoints/{name}/model.safetensors' for name in ('last', 'best')]
+    files = [f'{f}: another SHA-256' for f in (*weights, 'captions_dev.json', 'config.json') if sha256(run/f) != sha256(whole/f)]
+    mine, theirs = lines(run), lines(whole)
+    steps = [r['step'] for r in mine if 'dev' not in r]
+    if steps != sorted(set(steps)): files.append(f'metrics.jsonl: steps {steps}')
+    results = [{k: v for k, v in json.loads((r/'results.json').read_text())['dev'].items() if 'second' not in k} for r in (run, whole)]
+    return files + unlike(mine, theirs, 'metrics.jsonl') + unlike(state(run), state(whole), 'training.pt') + unlike(*results, 'results.json')
+
+
+# ---- kills ------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Kill:
+    "One row of the table"
+    run: str    # Scenario
+    how: str    # What was sent: KILL, TERM, INT, USR2, STOP; to which rank
+    phase: str  # What it hit
+    begun: int  # Step at which this attempt took up the run; -1: it had not yet
+    step: int   # Steps done when it was hit
+    code: str   # Exit codes; '' if it goes on
+    seconds: float # From the signal to the end
+
+
+def table(kills: list[Kill]) -> str:
+    rows = [('', 'run', 'how', 'phase', 'from', 'step', 'exit', 'within')]
+    rows += [(str(i), k.run, k.how, k.phase, '' if k.begun < 0 else str(k.begun), '' if k.step < 0 else str(k.step), k.code or 'goes on',
+              f'{k.seconds:.1f} s' if k.code else '') for i, k in enumerate(kills, 1)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return '\n'.join('  '.join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
+
+
+class Torturer:
+    "Kills runs, resumes them, and compares what comes out"
+    targets = ('starting', 'resuming', 'training', 'evaluation', 'checkpoint')
+    suits = ['KILL']*6 + ['TERM', 'INT', 'STOP', 'USR2']
+
+    def __init__(self, server: Server, folder: Path, seed: int, ranks: int = 1):
+        self.server, self.folder, self.ranks, self.rng, self.kills = server, folder, ranks, random.Random(seed), []
+        self.hit, self.deck = Counter(), []   # target → how often; what is sent next
+
+    def train(self, config: Config, name: str) -> Path: # The run folder
+        "Train without any kill"
+        run = self.new(config, name)
+        attempt = Forked(self.server, run, self.ranks)
+        assert attempt.wait() == [0]*self.ranks, self.log(run)
+        return run
+
+    def new(self, config: Config, name: str) -> Path:
+        run = self.folder/name
+        run.mkdir(parents=True)
+        (run/'config.json').write_text(config.to_json())
+        return run
+
+    def log(self, run: Path) -> str: return run.with_name(f'{run.name}.log').read_text()[-3000:]
+
+    def torture(self, name: str, config: Config, kills: int, real: int = 0):
+        "Kill runs of `config`, `real` of the `kills` times as started by hand; then let them finish and compare"
+        whole, start, rounds = self.train(config, f'{name}-whole'), len(self.kills), 0
+        while (done := len(self.kills) - start) < kills or not rounds:
+            rounds += 1
+            run = self.new(config, f'{name}-{rounds}')
+            self.one_run(name, run, kills - done, real)
+            real = 0
+            faults = differences(run, whole)
+            assert not faults, f'{run} differs from {whole}:\n' + '\n'.join(faults[:20]) + '\n' + table(self.kills)
+            assert 'damaged' not in self.log(run), self.log(run)
+
+    def one_run(self, name: str, run: Path, kills: int, real: int):
+        "From nothing to the end, with at most so many kills"
+        reached = -1   # where attempts took up the run: that never goes back
+        while kills > 0:
+            if real: attempt, kill = self.strike_started(name, run)
+            else: attempt, kill = self.strike(name, run)
+            real -= real > 0
+            kills -= kill is not None
+            if kill: self.kills.append(kill)
+            begun = kill.begun if kill else attempt.phases[0].begun
+            assert begun < 0 or begun >= reached, f'went back from step {reached} to {begun}\n{table(self.kills)}'
+            reached = max(reached, begun)
+            if not kill: break   # it was done before anything hit it
+        for attempt in range(2):   # the last one may have finished: then there is only the evaluation left
+            codes = Forked(self.server, run, self.ranks).wait()
+            assert codes == [0]*self.ranks, f'exit codes {codes}\n{self.log(run)}'
+
+    def strike(self, name: str, run: Path) -> tuple[Forked, Kill | None]:
+        "Start, wait for a moment, hit"
+        rng, fresh = self.rng, not (run/'checkpoints'/'last').exists()
+        attempt = Forked(self.server, run, self.ranks)
+        possible = [t for t in self.targets if t != ('resuming' if fresh else 'starting')]
+        target = min(possible, key=lambda t: (self.hit[t], rng.random()))
+        rank = rng.randrange(self.ranks)
+        phases, more, wait = attempt.phases[rank], rng.randint(1, 6//self.ranks), dict(training=.1, checkpoint=.02, evaluation=.1).get(target, .15)*rng.random()
+        if not self.until(attempt, lambda: self.there(phases, target, more)): return attempt, self.ended(attempt)
+        time.sleep(wait)
+        how = self.draw(target)
+        seen, step, written = str(phases), phases.step, phases.written
+        if not attempt.alive() or seen.startswith('results'): return attempt, self.ended(attempt)
+        if how == 'STOP': (run/'STOP').touch()
+        else: attempt.send(SIGNALS[how], rank)
+        hit = time.monotonic()
+        self.hit['checkpoint' if '+' in seen else seen] += 1
+        which = f'{how} to rank {rank}' if self.ranks > 1 and how != 'STOP' else how
+        if how == 'USR2':   # it writes a checkpoint and goes on; then it is hit in earnest
+            assert self.until(attempt, lambda: phases.written > written) or phases.phase == 'results', f'SIGUSR2 wrote nothing\n{self.log(run)}'
+            self.kills.append(Kill(name, which, seen, phases.begun, step, '', 0.))
+            time.sleep(0.1*rng.random())
+            which, seen, step, how, hit = which.replace('USR2', 'KILL after it'), str(phases), phases.step, 'KILL', time.monotonic()
+            attempt.send(signal.SIGKILL, rank)
+        codes = attempt.wait()
+        seconds = time.monotonic() - hit
+        self.check_end(run, attempt, how, seen, codes)
+        return attempt, Kill(name, which, seen, phases.begun, step, ' '.join(map(str, codes)), seconds)
+
+    def draw(self, target: str) -> str:
+        "What to send: from a deck, so that all of it comes"
+        if len(self.deck) < 5: self.deck += self.rng.sample(self.suits, len(self.suits))
+        how = next(h for h in self.deck if h not in ('STOP', 'USR2') or target not in ('starting', 'resuming'))   # these come too early there
+        self.deck.remove(how)
+        return how
+
+    def there(self, phases: Phases, target: str, more: int) -> bool:
+        "Is the moment there?"
+        if phases.phase == 'results': return True
+        if target == 'checkpoint': return phases.writing and phases.written >= more//3
+        if target == 'training': return phases.phase == target and phases.step >= phases.begun + more
+        return phases.phase == target
+
+    def until(self, attempt, condition: Callable[[], bool]) -> bool: # False: the attempt ended before
+        end = time.monotonic() + 120
+        while not condition():
+            if not attempt.alive(): return False
+            assert time.monotonic() < end, f'nothing within 2 minutes\n{self.log(attempt.run)}'
+            time.sleep(0.001)
+        return True
+
+    def ended(self, attempt) -> None:
+        codes = attempt.wait()
+        assert codes == [0]*len(codes), f'exit codes {codes}\n{self.log(attempt.run)}'
+
+    def check_end(self, run: Path, attempt: Forked, how: str, phase: str, codes: list[int]):
+        "Was what happened to `run` what `how` asks for?"
+        sound = [p for p in generations(run/'checkpoints'/'last') if not verify(p)]
+        if how == 'KILL': assert -signal.SIGKILL in codes and 0 not in codes, f'exit codes {codes}\n{self.log(run)}'
+        elif phase.startswith(('starting', 'resuming')): assert 0 not in codes, f'exit codes {codes}\n{self.log(run)}'
+        elif set(codes) == {STOPPED}:   # not a step is lost
+            assert checkpoint_step(sound[0]) == attempt.phases[0].step, f'stopped after step {attempt.phases[0].step}\n{self.log(run)}'
+        else: assert attempt.phases[0].phase == 'results', f'exit codes {codes}\n{self.log(run)}'   # too late to stop
+
+    def strike_started(self, name: str, run: Path) -> tuple[Started, Kill]:
+        "As `strike`, of a trainer in a program of its own"
+        last, metrics = run/'checkpoints'/'last'/'training.pt', run/'metrics.jsonl'
+        def look(): return [p.stat().st_mtime_ns if p.exists() else 0 for p in (last, metrics)]
+        def writes(): return any((run/'checkpoints').glob('.*.new'))
+        before, attempt = look(), Started(run)
+        moved = self.until(attempt, lambda: all(a != b for a, b in zip(before, look())))   # past its first checkpoint
+        wait, how = time.monotonic() + self.rng.random()*0.5, self.rng.choice(['KILL', 'KILL', 'TERM'])
+        self.until(attempt, lambda: time.monotonic() > wait and (how == 'TERM' or writes() or time.monotonic() > wait + 0.2))
+        seen, hit = 'checkpoint' if writes() else 'training, evaluation', time.monotonic()
+        attempt.send(SIGNALS[how])
+        codes = attempt.wait()
+        assert moved and codes[0] in (-signal.SIGKILL, STOPPED, 0), f'exit codes {codes}\n{self.log(run)}'
+        return attempt, Kill(name, f'{how} to python -m', seen, -1, -1, str(codes[0]), time.monotonic() - hit)
+
+
+def prepared(torturer: Torturer, cache: Path) -> dict[str, Config]:
+    "All scenarios; and the run that one of them starts from"
+    taught = torturer.train(joint(cache, epochs=2), 'taught')
+    return scenarios(cache, taught)
+
+
+def one_rank(folder: Path, seed: int, kills: int) -> list[Kill]:
+    "Every scenario, one process a run"
+    with Server() as server:
+        torturer = Torturer(server, folder, seed)
+        configs = prepared(torturer, folder/'cache')
+        share = {name: kills//len(configs) for name in configs}
+        share['joint'] += kills - sum(share.values())
+        for name, config in configs.items(): torturer.torture(name, config, share[name], real=2 if name == 'joint' else 0)
+    return torturer.kills
+
+
+def two_ranks(folder: Path, seed: int, kills: int) -> list[Kill]:
+    "The jointly trained one, as two ranks on gloo"
+    with Server() as server:
+        torturer = Torturer(server, folder, seed, ranks=2)
+        torturer.torture('joint', joint(folder/'cache', images_per_batch=16, epochs=3), kills)   # a step takes a hundred messages
+    return torturer.kills
+
+
+def main():
+    parser = argparse.ArgumentParser(prog='python -m tests.faults', description=__doc__.split('\n')[0])
+    parser.add_argument('--kills', type=int, default=20, help='how many')
+    parser.add_argument('--seed', type=int, default=int(time.time()), help='of their moments')
+    parser.add_argument('--ranks', type=int, default=1, choices=(1, 2), help='processes that train together')
+    parser.add_argument('--folder', type=Path, help='where the runs are left; default: a temporary folder, deleted at the end')
+    args = parser.parse_args()
+    folder = args.folder or Path(tempfile.mkdtemp(prefix='faults-'))
+    print(f'seed {args.seed}, runs in {folder}', flush=True)
+    start = time.monotonic()
+    kills = (one_rank if args.ranks == 1 else two_ranks)(folder, args.seed, args.kills)
+    print(table(kills), f'\n{len(kills)} kills in {time.monotonic() - start:.0f} s; every run ended with the bits of the one that nobody killed')
+    if not args.folder: shutil.rmtree(folder)
+
+
+if __name__ == '__main__':
+    if '--serve' in sys.argv: serve()
+    else: main()
