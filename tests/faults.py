@@ -23,7 +23,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,6 +35,7 @@ from caption_nb.ranks import STOPPED
 
 TIMES = {'seconds', 'captions_per_second', 'eval_seconds', 'memory_MB'}   # of a line of metrics.jsonl: never twice the same
 PHASES = ('starting', 'resuming', 'training', 'evaluation', 'results')
+TARGETS = ('starting', 'resuming', 'training', 'evaluation', 'checkpoint')
 SIGNALS = dict(KILL=signal.SIGKILL, TERM=signal.SIGTERM, INT=signal.SIGINT, USR2=getattr(signal, 'SIGUSR2', None))
 
 
@@ -62,29 +63,31 @@ def scenarios(cache: Path, taught: Path) -> dict[str, Config]:
 
 class Phases:
     "What a trainer does right now, in memory that it shares with who watches it, and that outlives it"
-    form = struct.Struct('iiiii')   # phase, is a checkpoint being written?, how many were, steps done, step at which it began
+    names = ('phase', 'writing', 'written', 'step', 'begun', 'target', 'more', 'here')
+    phase, writing, written, step, begun, target, more, here = (property(lambda self, i=i: self.get(i)) for i in range(8))
 
-    def __init__(self, path: Path):
-        path.touch()
-        os.truncate(path, self.form.size)
-        with open(path, 'r+b') as f: self.memory = mmap.mmap(f.fileno(), self.form.size)
-        self.set(0, 0, 0, 0, -1)
+    def __init__(self, path: Path, new: bool = True):
+        if new: path.write_bytes(struct.pack('8i', 0, 0, 0, 0, -1, -1, 0, 0))
+        with open(path, 'r+b') as f: self.memory = mmap.mmap(f.fileno(), 32)
 
-    def set(self, *values): self.form.pack_into(self.memory, 0, *values)
-    def get(self) -> tuple[int, ...]: return self.form.unpack_from(self.memory)
-    def put(self, place: int, value: int): struct.pack_into('i', self.memory, 4*place, value)
+    def get(self, place: int) -> int: return struct.unpack_from('i', self.memory, 4*place)[0]
+    def put(self, **values: int):
+        for name, value in values.items(): struct.pack_into('i', self.memory, 4*self.names.index(name), value)
+    def __str__(self) -> str: return PHASES[self.phase] + ' + checkpoint'*self.writing
 
-    @property
-    def phase(self) -> str: return PHASES[self.get()[0]]
-    @property
-    def writing(self) -> bool: return bool(self.get()[1])
-    @property
-    def written(self) -> int: return self.get()[2]
-    @property
-    def step(self) -> int: return self.get()[3]
-    @property
-    def begun(self) -> int: return self.get()[4]
-    def __str__(self) -> str: return self.phase + ' + checkpoint'*self.writing
+    def there(self) -> bool:
+        "Is the moment there that we are asked for?"
+        what = TARGETS[self.target]
+        if what == 'checkpoint': return self.writing and self.written >= self.more//3
+        return PHASES[self.phase] == what and (what != 'training' or self.step >= self.begun + self.more)
+
+    def enter(self, **values: int):
+        "Something begins; at the moment asked for, wait until that was seen: on a busy machine it may take longer than the moment"
+        self.put(**values)
+        if self.target < 0 or self.here or not self.there(): return
+        self.put(here=1)
+        end = time.monotonic() + 60
+        while self.here == 1 and time.monotonic() < end: time.sleep(0.0005)
 
     def follow(self):
         "Have the trainer of this process say where it is"
@@ -94,19 +97,19 @@ class Phases:
             real = getattr(Trainer, name)
             @functools.wraps(real)
             def step(trainer, *args, **kwargs):
-                self.put(0, before(trainer))
+                self.enter(phase=before(trainer))
                 done = real(trainer, *args, **kwargs)
                 after(trainer)
                 return done
             setattr(Trainer, name, step)
-        during('prepare', lambda t: int((t.checkpoints/'last').exists()), lambda t: self.put(4, t.step) or self.put(3, t.step))
-        during('train_step', lambda t: 2, lambda t: self.put(3, t.step))
-        during('_score_dev', lambda t: 3, lambda t: self.put(0, 2))
+        during('prepare', lambda t: int((t.checkpoints/'last').exists()), lambda t: self.put(begun=t.step, step=t.step))
+        during('train_step', lambda t: 2, lambda t: self.put(step=t.step))
+        during('_score_dev', lambda t: 3, lambda t: self.put(phase=2))
         during('evaluate', lambda t: 4, lambda t: None)
         def write(*args, **kwargs):
-            self.put(1, 1)
+            self.enter(writing=1)
             try: return whole(*args, **kwargs)
-            finally: self.put(1, 0); self.put(2, self.written + 1)
+            finally: self.put(writing=0, written=self.written + 1)
         checkpoints.write_checkpoint = write
 
 
@@ -133,7 +136,7 @@ def _fork(job: dict, environ: dict, phases: str) -> int:
         os.environ.update(environ)
         log = os.open(job['log'], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         for fd, mine in ((os.open(os.devnull, os.O_RDONLY), 0), (log, 1), (log, 2)): os.dup2(fd, mine)
-        Phases(Path(phases)).follow()
+        Phases(Path(phases), new=False).follow()
         from caption_nb.training import main
         code = main([job['run']])
     except BaseException: traceback.print_exc()
@@ -159,10 +162,12 @@ class Server:
 
 class Forked:
     "The trainers of one run, one a rank"
-    def __init__(self, server: Server, run: Path, ranks: int = 1):
+    def __init__(self, server: Server, run: Path, ranks: int = 1,
+                 rank: int = 0, target: int = -1, more: int = 0): # Where a rank shall wait for us
         self.server, self.run, self.codes = server, run, None
         paths = [run.with_name(f'{run.name}.phases-{r}') for r in range(ranks)]
         self.phases = [Phases(p) for p in paths]
+        self.phases[rank].put(target=target, more=more)
         group = dict(WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()))
         environ = [dict(group, RANK=str(r), LOCAL_RANK=str(r)) if ranks > 1 else {} for r in range(ranks)]
         job = dict(run=str(run), log=str(run.with_name(f'{run.name}.log')), environ=environ, phases=list(map(str, paths)))
@@ -273,7 +278,6 @@ def table(kills: list[Kill]) -> str:
 
 class Torturer:
     "Kills runs, resumes them, and compares what comes out"
-    targets = ('starting', 'resuming', 'training', 'evaluation', 'checkpoint')
     suits = ['KILL']*6 + ['TERM', 'INT', 'STOP', 'USR2']
 
     def __init__(self, server: Server, folder: Path, seed: int, ranks: int = 1):
@@ -310,32 +314,30 @@ class Torturer:
     def one_run(self, name: str, run: Path, kills: int, real: int):
         "From nothing to the end, with at most so many kills"
         reached = -1   # where attempts took up the run: that never goes back
-        while kills > 0:
+        goal = len(self.kills) + kills
+        while len(self.kills) < goal:
             if real: attempt, kill = self.strike_started(name, run)
             else: attempt, kill = self.strike(name, run)
             real -= real > 0
-            kills -= kill is not None
             if kill: self.kills.append(kill)
             begun = kill.begun if kill else attempt.phases[0].begun
             assert begun < 0 or begun >= reached, f'went back from step {reached} to {begun}\n{table(self.kills)}'
             reached = max(reached, begun)
             if not kill: break   # it was done before anything hit it
-        for attempt in range(2):   # the last one may have finished: then there is only the evaluation left
-            codes = Forked(self.server, run, self.ranks).wait()
-            assert codes == [0]*self.ranks, f'exit codes {codes}\n{self.log(run)}'
+        else: self.ended(Forked(self.server, run, self.ranks))
 
     def strike(self, name: str, run: Path) -> tuple[Forked, Kill | None]:
         "Start, wait for a moment, hit"
-        rng, fresh = self.rng, not (run/'checkpoints'/'last').exists()
-        attempt = Forked(self.server, run, self.ranks)
-        possible = [t for t in self.targets if t != ('resuming' if fresh else 'starting')]
+        rng, fresh, rank = self.rng, not (run/'checkpoints'/'last').exists(), self.rng.randrange(self.ranks)
+        possible = [t for t in TARGETS if t != ('resuming' if fresh else 'starting') and (rank == 0 or t != 'checkpoint')]   # rank 0 writes
         target = min(possible, key=lambda t: (self.hit[t], rng.random()))
-        rank = rng.randrange(self.ranks)
-        phases, more, wait = attempt.phases[rank], rng.randint(1, 6//self.ranks), dict(training=.1, checkpoint=.02, evaluation=.1).get(target, .15)*rng.random()
-        if not self.until(attempt, lambda: self.there(phases, target, more)): return attempt, self.ended(attempt)
+        attempt = Forked(self.server, run, self.ranks, rank, TARGETS.index(target), rng.randint(1, 6//self.ranks))
+        phases, wait = attempt.phases[rank], dict(training=.1, checkpoint=.02, evaluation=.1).get(target, .15)*rng.random()
+        if not self.until(attempt, lambda: phases.here or PHASES[phases.phase] == 'results'): return attempt, self.ended(attempt)
+        phases.put(here=2)
         time.sleep(wait)
         how = self.draw(target)
-        seen, step, written = str(phases), phases.step, phases.written
+        seen, step, written = str(phases), phases.step, attempt.phases[0].written
         if not attempt.alive() or seen.startswith('results'): return attempt, self.ended(attempt)
         if how == 'STOP': (run/'STOP').touch()
         else: attempt.send(SIGNALS[how], rank)
@@ -343,13 +345,16 @@ class Torturer:
         self.hit['checkpoint' if '+' in seen else seen] += 1
         which = f'{how} to rank {rank}' if self.ranks > 1 and how != 'STOP' else how
         if how == 'USR2':   # it writes a checkpoint and goes on; then it is hit in earnest
-            assert self.until(attempt, lambda: phases.written > written) or phases.phase == 'results', f'SIGUSR2 wrote nothing\n{self.log(run)}'
+            self.until(attempt, lambda: attempt.phases[0].written > written)
+            assert attempt.phases[0].written > written, f'SIGUSR2 wrote nothing\n{self.log(run)}'
             self.kills.append(Kill(name, which, seen, phases.begun, step, '', 0.))
             time.sleep(0.1*rng.random())
             which, seen, step, how, hit = which.replace('USR2', 'KILL after it'), str(phases), phases.step, 'KILL', time.monotonic()
             attempt.send(signal.SIGKILL, rank)
+        if self.ranks > 1: self.launcher(attempt, seen)
         codes = attempt.wait()
         seconds = time.monotonic() - hit
+        if set(codes) == {0}: return attempt, None   # it came too late
         self.check_end(run, attempt, how, seen, codes)
         return attempt, Kill(name, which, seen, phases.begun, step, ' '.join(map(str, codes)), seconds)
 
@@ -360,13 +365,6 @@ class Torturer:
         self.deck.remove(how)
         return how
 
-    def there(self, phases: Phases, target: str, more: int) -> bool:
-        "Is the moment there?"
-        if phases.phase == 'results': return True
-        if target == 'checkpoint': return phases.writing and phases.written >= more//3
-        if target == 'training': return phases.phase == target and phases.step >= phases.begun + more
-        return phases.phase == target
-
     def until(self, attempt, condition: Callable[[], bool]) -> bool: # False: the attempt ended before
         end = time.monotonic() + 120
         while not condition():
@@ -374,6 +372,16 @@ class Torturer:
             assert time.monotonic() < end, f'nothing within 2 minutes\n{self.log(attempt.run)}'
             time.sleep(0.001)
         return True
+
+    def launcher(self, attempt: Forked, phase: str):
+        "Do what torchrun does: a rank that waits for one that died before they met is ended"
+        def gone(): return [not _alive(pid) for pid in attempt.pids]
+        meeting, end = phase.startswith(('starting', 'resuming')), time.monotonic() + 60
+        while not all(gone()):
+            if meeting and any(gone()) and time.monotonic() > end - 57:
+                for rank in range(self.ranks): attempt.send(signal.SIGKILL, rank)
+            assert time.monotonic() < end, f'a rank outlived the other by a minute\n{self.log(attempt.run)}'
+            time.sleep(0.01)
 
     def ended(self, attempt) -> None:
         codes = attempt.wait()
@@ -386,7 +394,7 @@ class Torturer:
         elif phase.startswith(('starting', 'resuming')): assert 0 not in codes, f'exit codes {codes}\n{self.log(run)}'
         elif set(codes) == {STOPPED}:   # not a step is lost
             assert checkpoint_step(sound[0]) == attempt.phases[0].step, f'stopped after step {attempt.phases[0].step}\n{self.log(run)}'
-        else: assert attempt.phases[0].phase == 'results', f'exit codes {codes}\n{self.log(run)}'   # too late to stop
+        else: assert PHASES[attempt.phases[0].phase] == 'results', f'exit codes {codes}\n{self.log(run)}'   # too late to stop
 
     def strike_started(self, name: str, run: Path) -> tuple[Started, Kill]:
         "As `strike`, of a trainer in a program of its own"
