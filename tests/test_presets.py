@@ -23,10 +23,11 @@ from PIL import Image
 from caption_nb import cli
 from caption_nb.basics import experiments_folder, read_json_lines
 from caption_nb.batches import Batch
+from caption_nb.captioner import Captioner, CaptionModel
 from caption_nb.config import Config, ConfigError, load_preset, make_decoder, presets
 from caption_nb.runs import Run, experiment, reproduce_command
 from caption_nb.text import Vocab
-from caption_nb.training import CaptionModel, Captioner, Trainer, prepare_encoder
+from caption_nb.training import Trainer, prepare_encoder
 from caption_nb.views import plot_attention
 
 # Preset → grid (rows, columns), channels
@@ -90,18 +91,20 @@ def test_record_gives_the_preset_again(name):
 
 THEIRS = dict(   # What the systems' own defaults were
     s1=dict(encoder='convnext_base.fb_in1k', embed_dim=512, hidden_dim=512, dropout=0.5, lr=1e-4, epochs=120, min_freq=6, max_words=50,
-            schedule='plateau', plateau_factor=0.8, patience=20, seed=42),
+            schedule='plateau', plateau_factor=0.8, plateau_patience=7, patience=20, monitor='Bleu_4', optimizer='adam', clip_value=5., clip_norm=0.,
+            finetune_from=3, encoder_start=20, encoder_lr=1e-4, seed=42),
     s2=dict(encoder='inception_v3.tf_in1k', decoder='attention_gru', attention='additive_tanh', project_grid=256, embed_dim=256,
-            hidden_dim=512, init_state='zeros', gate=False, dropout=0., lr=1e-3, epochs=10, top_k=20000),
-    s3=dict(encoder='vgg16.tv_in1k', max_words=15, max_len=30, seed=510, schedule='constant'),
+            hidden_dim=512, init_state='zeros', gate=False, dropout=0., lr=1e-3, epochs=10, top_k=20000, optimizer='adam', schedule='constant', finetune_from=-1),
+    s3=dict(encoder='vgg16.tv_in1k', max_words=15, max_len=30, seed=510, optimizer='adam', finetune_from=-1),
     s4=dict(encoder='regnetx_004_tv.tv2_in1k', image_size=112, embed_dim=256, hidden_dim=512, dropout=0., lr=1e-3, weight_decay=0.01,
-            epochs=60, max_words=15, max_len=15),
+            epochs=60, max_words=15, max_len=15, optimizer='adamw', schedule='constant', finetune_from=0, encoder_start=0, encoder_lr=1e-3),
     s5=dict(encoder='resnet50.tv_in1k', embed_dim=512, hidden_dim=1024, dropout=0.3, lr=1e-4, epochs=10, min_freq=5, max_len=20,
-            schedule='constant'),
+            optimizer='adam', schedule='plateau', plateau_patience=3, plateau_factor=0.5, monitor='loss', finetune_from=-1),
     s1_convnext_lstm_attention=dict(attention='additive_relu', attention_dim=512, gate=True, init_state='mean', doubly_stochastic=1.),
     s1_convnext_transformer=dict(num_layers=6, heads=8, ffn_dim=512, pre_norm=False, tied=False, positions='sinusoidal'),
-    s3_vgg16pca_lstm=dict(embed_dim=256, hidden_dim=512, num_layers=1, project_grid=512, epochs=25),
-    s3_vgg16pca_transformer=dict(num_layers=2, heads=2, hidden_dim=256, ffn_dim=2048, dropout=0.1, lr=1e-3, epochs=50, pre_norm=False),
+    s3_vgg16pca_lstm=dict(embed_dim=256, hidden_dim=512, num_layers=1, project_grid=512, epochs=25, schedule='exponential', decay_factor=0.995, decay_epochs=1),
+    s3_vgg16pca_transformer=dict(num_layers=2, heads=2, hidden_dim=256, ffn_dim=2048, dropout=0.1, lr=1e-3, epochs=50, pre_norm=False,
+                                 schedule='constant'),
     s4_regnet_lstm=dict(init_state='flat', image_input='state'), s4_regnet_lstm_attention=dict(attention='dot', gate=False),
     s5_resnet50_lstm=dict(num_layers=3, image_input='token'), s5_resnet50_lstm_attention=dict(attention='additive_relu', attention_dim=512))
 BATCH = dict(s1=32, s2=64, s3=25, s4=256, s5=128)   # captions; of S3 the Transformer's
@@ -152,9 +155,10 @@ def test_real_shapes(name):
 # training, tiny
 
 def small(name: str, cache: Path, **changes) -> Config:
-    "The preset on 20 small scenes, 16 of them for training, with what is too large replaced"
+    "The preset on 20 small scenes, 16 of them for training, with what is too large replaced; what learns later does so from the second epoch on"
     config = load_preset(name)
     encoder, size = SMALL[config.encoder]
+    changes = dict(encoder_start=min(1, config.encoder_start)) | changes
     return dataclasses.replace(config, **dict(encoder=encoder, encoder_weights='random', image_size=size, num_images=20, epochs=2,
                                               eval_every=2, max_len=6, min_len=2, beam=2, log_every=1, device='cpu', threads=1,
                                               precision='fp32', cache_dir=str(cache)) | changes).validate()
@@ -169,6 +173,11 @@ def interrupted_at(monkeypatch, step: int):
     monkeypatch.setattr(Trainer, 'train_step', train_step)
 
 
+def stages_that_learn(encoder) -> set[str]:
+    "Names of the weights that fine-tuning may change"
+    return {n for n, p in encoder.named_parameters() if p.requires_grad}
+
+
 def losses(run: Path) -> list: return [(r['step'], r['loss']) for r in read_json_lines(run/'metrics.jsonl') if 'loss' in r]
 
 
@@ -176,18 +185,23 @@ def losses(run: Path) -> list: return [(r['step'], r['loss']) for r in read_json
 def test_trains_resumes_captions_and_draws(name, cache, run, monkeypatch):
     config = small(name, cache)
     trainer = Trainer(config, run, quiet=True).prepare()
+    at_first = {n: t.clone() for n, t in trainer.model.encoder.state_dict().items()}
+    middle = trainer.per_epoch + 1 if config.encoder_start else trainer.steps//2   # where the encoder learns, if it ever does
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt, match='holds the state'):
-        interrupted_at(m, trainer.steps//2)
+        interrupted_at(m, middle)
         trainer.fit()
     again = Trainer(config, run, quiet=True).prepare()
-    assert again.step == trainer.steps//2 and again.epoch < 2
+    assert again.step == middle < again.steps and again.epoch < 2
     again.fit()
+    encoder = again.model.encoder
+    changed = {n for n, t in encoder.state_dict().items() if not torch.equal(t, at_first[n])}
+    assert changed == (stages_that_learn(encoder) if config.finetune_from >= 0 else set()), 'what learns, all of it, and nothing else'
     whole = Trainer(cli.parse_config(shlex.split(reproduce_command(config))[2:])[0], run.with_name('whole'), quiet=True)   # from the record
     with monkeypatch.context() as m:
         m.setattr(Trainer, 'save', lambda self, name: None)   # its weights are looked at where they are
         whole.fit()
     assert losses(run) == losses(whole.run) and len(losses(run)) == again.steps
-    assert all(torch.equal(a, b) for a, b in zip(again.model.decoder.parameters(), whole.model.decoder.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(again.model.state_dict().values(), whole.model.state_dict().values()))
     del trainer, whole
     captioner, photo = Captioner.load(run), again.data.path(again.data.splits['dev'][0])
     explained = captioner.explain(photo)
@@ -225,6 +239,7 @@ def test_real_photos(name, photo_cache, run, flickr8k, mobilenet):
     "The preset's decoder on the features of a trained encoder: 7 × 7 regions of 1280 channels, or their mean"
     config = dataclasses.replace(load_preset(name), data=str(flickr8k), num_images=20, encoder='mobilenetv2_100', image_size=0,
                                  encoder_weights=str(mobilenet), encoder_pad_type='same', encoder_mean='0.5', encoder_std='0.5', epochs=1,
+                                 finetune_from=-1, encoder_start=0, image_store='',   # its features, as they are
                                  min_freq=2, max_len=12, beam=3, device='cpu', threads=1, precision='fp32', cache_dir=str(photo_cache))
     trainer = Trainer(config.validate(), run, quiet=True)
     history = trainer.fit()
