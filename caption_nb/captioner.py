@@ -6,7 +6,7 @@
 __all__ = ['concept_loss', 'CaptionModel', 'description', 'model_files', 'load_encoder', 'load_model', 'search_options',
            'caption_images', 'attention_maps', 'Explanation', 'Captioner', 'Evaluation']
 
-# %% ../nbs/59_captioner.ipynb #1df93a9b
+# %% ../nbs/59_captioner.ipynb #d740cbb6
 import json
 import math
 import tempfile
@@ -37,7 +37,7 @@ from .scheduled_sampling import mixed_inputs
 from .scst import fragment_share
 from .text import Vocab, tokenize_all
 
-# %% ../nbs/59_captioner.ipynb #3ca2371f
+# %% ../nbs/59_captioner.ipynb #334c40ba
 def concept_loss(scores: Tensor, # (B, L, V) of each word in each cell
                  tokens: Tensor, # (B*k, T) word ids of the captions
                  specials: int = 4, # The first words of the vocabulary, which are no words
@@ -48,7 +48,7 @@ def concept_loss(scores: Tensor, # (B, L, V) of each word in each cell
     found = scores.float().logsumexp(1) - math.log(L)
     return F.binary_cross_entropy_with_logits(found[:, specials:], there[:, specials:])
 
-# %% ../nbs/59_captioner.ipynb #f1a8927a
+# %% ../nbs/59_captioner.ipynb #af6f9d33
 class CaptionModel(nn.Module):
     "An encoder and a decoder: from pixels or stored features to the loss of captions"
     def __init__(self, encoder: Encoder, decoder: Decoder,
@@ -88,7 +88,7 @@ class CaptionModel(nn.Module):
         parts = self.parts(batch, *args, **kwargs)
         return sum(parts.values()), parts['words']
 
-# %% ../nbs/59_captioner.ipynb #b0189e89
+# %% ../nbs/59_captioner.ipynb #d9f12f4f
 def description(model: CaptionModel, vocab: Vocab, config: Config) -> dict[str, bytes]: # File name → content
     "The small files of a checkpoint: all but the weights"
     with tempfile.TemporaryDirectory() as scratch: words = vocab.save(Path(scratch)/'vocab.json').read_bytes()
@@ -100,7 +100,7 @@ def model_files(model: CaptionModel, vocab: Vocab, config: Config) -> dict[str, 
     "The files that make `model` usable elsewhere"
     return {'model.safetensors': weight_bytes(model.state_dict())} | description(model, vocab, config)
 
-# %% ../nbs/59_captioner.ipynb #56bc4c66
+# %% ../nbs/59_captioner.ipynb #e2775d98
 def load_encoder(folder: str | Path, # A checkpoint or run folder
                  ) -> Encoder: # Not frozen
     "The encoder of the checkpoint in `folder`"
@@ -124,7 +124,7 @@ def load_model(folder: str | Path, # A checkpoint or run folder
     load_weights(decoder, part('decoder.'), str(folder/'model.safetensors'))
     return CaptionModel(encoder.freeze(), decoder.eval()), vocab, config
 
-# %% ../nbs/59_captioner.ipynb #a6c8ccba
+# %% ../nbs/59_captioner.ipynb #2ae02dab
 def search_options(config: Config, vocab: Vocab) -> dict: # Arguments of `generate`
     "How `config` wants captions to be searched"
     c = config
@@ -153,10 +153,9 @@ def caption_images(model: CaptionModel, # On any device
         best = generate(model.decoder, grid, width, attention=attention, **options)
         found.update((id, hypotheses[0]) for id, hypotheses in zip(batch.ids, best))
         if check: check()
-        if check: check()
     return found
 
-# %% ../nbs/59_captioner.ipynb #a7a2f94b
+# %% ../nbs/59_captioner.ipynb #9e25af03
 def attention_maps(hypothesis: Hypothesis, # With attention
                    grid: tuple[int, int], # (gh, gw)
                    ) -> Tensor | None: # (T, gh, gw), or None if the decoder does not attend
@@ -166,7 +165,7 @@ def attention_maps(hypothesis: Hypothesis, # With attention
     if a.ndim == 3: a = a.mean(1)                                  # (T, L)
     return a[:len(hypothesis.tokens)].unflatten(-1, tuple(grid))
 
-# %% ../nbs/59_captioner.ipynb #4bf0d4a0
+# %% ../nbs/59_captioner.ipynb #057f09c1
 @dataclass
 class Explanation:
     "A caption, and where the decoder looked at each of its words"
@@ -178,7 +177,7 @@ class Explanation:
     @property
     def caption(self) -> str: return ' '.join(self.words)
 
-# %% ../nbs/59_captioner.ipynb #df32cf46
+# %% ../nbs/59_captioner.ipynb #463a6fa0
 class Captioner:
     "A trained model that captions images, or several that vote: `Captioner.load(folder).caption('photo.jpg')`"
     def __init__(self, models: CaptionModel | Sequence[CaptionModel], # Each with its own encoder and any decoder
@@ -213,7 +212,7 @@ class Captioner:
         opened, encoder = [p if isinstance(p, Image.Image) else open_image(p) for p in photos], (model or self.model).encoder
         return torch.stack([encoder.transform(p.convert('RGB')) for p in opened])
 
-# %% ../nbs/59_captioner.ipynb #99088a66
+# %% ../nbs/59_captioner.ipynb #4179893c
 @patch
 def _apply(self: Captioner, how: Callable, photos: Sequence, options: dict) -> list[list[Hypothesis]]:
     "`how(decoder, grid)` for all `photos`, 32 at a time; `options` over those of the configuration"
@@ -233,7 +232,7 @@ def ids(self: Captioner, words: str) -> list[int]:
         if word not in self.vocab.words: raise ValueError(f'the model does not know the word {word!r}: {nearest(word, self.vocab.words)}')
     return [self.vocab.words.index(word) for word in tokens]
 
-# %% ../nbs/59_captioner.ipynb #e1ef19a7
+# %% ../nbs/59_captioner.ipynb #08fb2353
 @patch
 def search(self: Captioner, photos: Sequence[str | Path | Image.Image], # n photos
            beam: int | None = None, # Width; None takes the configuration's
@@ -262,7 +261,7 @@ def caption(self: Captioner, photos: str | Path | Image.Image | Sequence, # A pa
     found = [self.vocab.decode(h[0].tokens) for h in self.search([photos] if one else list(photos), beam, **options)]
     return found[0] if one else found
 
-# %% ../nbs/59_captioner.ipynb #cc5fa2f0
+# %% ../nbs/59_captioner.ipynb #829b0da0
 @patch
 def explain(self: Captioner, photo: str | Path | Image.Image, # One photo
             beam: int | None = None, # Width; None takes the configuration's
@@ -276,7 +275,7 @@ def explain(self: Captioner, photo: str | Path | Image.Image, # One photo
     seen = Image.fromarray(self.images([photo], model)[0].permute(1, 2, 0).numpy())
     return Explanation(seen, [self.vocab.words[i] for i in h.tokens], attention_maps(h, model.encoder.grid), h.score)
 
-# %% ../nbs/59_captioner.ipynb #84c09710
+# %% ../nbs/59_captioner.ipynb #ce70c3a1
 @dataclass
 class Evaluation:
     "Captions of a split and what they score"

@@ -37,7 +37,7 @@ SHAPES = dict(s1_convnext_lstm=(7, 7, 1024), s1_convnext_lstm_attention=(7, 7, 1
               s4_regnet_lstm_attention=(4, 4, 400), s5_resnet50_lstm=(1, 1, 2048), s5_resnet50_lstm_attention=(7, 7, 2048))
 ATTENDING = {name for name in SHAPES if name.endswith(('attention', 'transformer'))}
 SMALL = {'convnext_base.fb_in1k': ('convnext_atto', 64), 'vgg16.tv_in1k': ('resnet18', 64), 'inception_v3.tf_in1k': ('inception_v3', 107),
-         'regnetx_004_tv.tv2_in1k': ('regnetx_004_tv', 112), 'resnet50.tv_in1k': ('resnet50', 64)}   # stands in, at so many pixels
+         'regnetx_004_tv.tv2_in1k': ('regnetx_004_tv', 64), 'resnet50.tv_in1k': ('resnet18', 64)}   # stands in, at so many pixels
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 every = pytest.mark.parametrize('name', SHAPES)
@@ -275,6 +275,7 @@ def test_list_of_presets(capsys):
     (['--resume', 'run', '--preset=s1_convnext_lstm'], '--preset: a continued run keeps its configuration'),
     (['--preset', 's1_convnext_lstm', '--heads', '4'], 'heads=4: the decoder lstm has no such option'),
     (['--preset', 's3_vgg16pca_transformer', '--heads', '3'], 'heads=3: do not divide hidden_dim=256'),
+    (['--preset', 's1_convnext_lstm', '--epochs', '20'], 'encoder_start=20: must be less than epochs=20'),
     (['--preset', 's1_convnext_lstm', '--data', 'no/folder'], '--data no/folder: no such file or folder')])
 def test_bad_usage_is_named(tmp_path, capsys, monkeypatch, words, expected):
     monkeypatch.chdir(tmp_path)
@@ -305,7 +306,7 @@ def test_own_preset(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, 'launch', lambda config, run_dir: print(config.decoder, config.hidden_dim, config.epochs, config.lr) or 0)
     assert said(capsys, 'train', '--preset', 'größer.yaml', '--epochs', '3')[:2] == (0, 'gru 700 3 0.0012\n')
-    assert said(capsys, 'train', '--epochs=3', '--preset=s1_convnext_transformer', '--lr', '1')[:2] == (0, 'transformer 512 3 1.0\n')
+    assert said(capsys, 'train', '--epochs=30', '--preset=s1_convnext_transformer', '--lr', '1')[:2] == (0, 'transformer 512 30 1.0\n')
 
 
 def test_train_from_a_preset(tmp_path):
