@@ -12,6 +12,7 @@ import json
 import mmap
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -42,19 +43,20 @@ SIGNALS = dict(KILL=signal.SIGKILL, TERM=signal.SIGTERM, INT=signal.SIGINT, USR2
 # ---- what is trained --------------------------------------------------------------------------------------------
 
 def joint(cache: Path, **changes) -> Config:
-    "All that draws random numbers or counts: 33 train scenes in batches of 4, so the last batch has one image and the last step one batch"
+    "All that draws random numbers or counts; of 33 train scenes in batches of 4, the last batch has one, and the last step one batch"
     return Config.from_dict(dict(
         encoder='scene_cnn', num_images=41, image_size=64, min_freq=1, flip=True, crop=0.2, colour=0.2, embed_dim=32, hidden_dim=32,
         attention_dim=16, dropout=0.2, feature_dropout=0.1, sampling_ratio=0.3, ema=0.9, accumulate=2, images_per_batch=4,
-        captions_per_image=2, epochs=4, lr=5e-3, warmup_steps=4, log_every=3, dev_loss=True, max_len=12, beam=2, precision='fp32', threads=1,
-        device='cpu', save_minutes=0.004, keep_last=2, cache_dir=str(cache)) | changes)
+        captions_per_image=2, epochs=4, lr=5e-3, warmup_steps=4, log_every=3, dev_loss=True, max_len=12, beam=2, precision='fp32',
+        threads=1, device='cpu', save_minutes=0.004, keep_last=2, cache_dir=str(cache)) | changes)
 
 
 def scenarios(cache: Path, taught: Path) -> dict[str, Config]:
     "What is killed; `taught` is a run that self-critical training starts from"
     small = dict(encoder='mobilenetv2_050', encoder_weights='random', finetune_from=3, encoder_start=1, image_store=str(cache/'photos.h5'))
-    return {'joint': joint(cache), 'fp16': joint(cache, precision='fp16', schedule='plateau', plateau_patience=0, sampling_schedule='sigmoid'),
-            'scst': joint(cache, stage='scst', from_run=str(taught), sampling_ratio=0., scst_samples=3, epochs=2, dev_loss=False),
+    return {'joint': joint(cache),
+            'fp16': joint(cache, precision='fp16', schedule='plateau', plateau_patience=0, sampling_schedule='sigmoid'),
+            'scst': joint(cache, stage='scst', from_run=str(taught), sampling_ratio=0., feature_dropout=0., scst_samples=3, epochs=2),
             'fine-tuning': joint(cache, **small, epochs=3, optimizer='lion', monitor='loss', decoder='transformer', heads=2, ffn_dim=32,
                                  num_layers=1, attention_dim=512)}
 
@@ -251,7 +253,8 @@ def differences(run: Path, whole: Path) -> list[str]:
     steps = [r['step'] for r in mine if 'dev' not in r]
     if steps != sorted(set(steps)): files.append(f'metrics.jsonl: steps {steps}')
     results = [{k: v for k, v in json.loads((r/'results.json').read_text())['dev'].items() if 'second' not in k} for r in (run, whole)]
-    return files + unlike(mine, theirs, 'metrics.jsonl') + unlike(state(run), state(whole), 'training.pt') + unlike(*results, 'results.json')
+    files += unlike(mine, theirs, 'metrics.jsonl')
+    return files + unlike(state(run), state(whole), 'training.pt') + unlike(*results, 'results.json')
 
 
 # ---- kills ------------------------------------------------------------------------------------------------------
@@ -361,7 +364,8 @@ class Torturer:
     def draw(self, target: str) -> str:
         "What to send: from a deck, so that all of it comes"
         if len(self.deck) < 5: self.deck += self.rng.sample(self.suits, len(self.suits))
-        how = next(h for h in self.deck if h not in ('STOP', 'USR2') or target not in ('starting', 'resuming'))   # these come too early there
+        early = target in ('starting', 'resuming')   # there nobody listens to some of them yet
+        how = next(h for h in self.deck if not (early and h in ('STOP', 'USR2')))
         self.deck.remove(how)
         return how
 
@@ -430,11 +434,46 @@ def one_rank(folder: Path, seed: int, kills: int) -> list[Kill]:
 
 
 def two_ranks(folder: Path, seed: int, kills: int) -> list[Kill]:
-    "The jointly trained one, as two ranks on gloo"
+    "The jointly trained one, as two ranks on gloo; two of the kills hit what `launch` started, the way a user's notebook does"
     with Server() as server:
         torturer = Torturer(server, folder, seed, ranks=2)
-        torturer.torture('joint', joint(folder/'cache', images_per_batch=16, epochs=3), kills)   # a step takes a hundred messages
+        config = joint(folder/'cache', images_per_batch=16, epochs=3, ranks=2)   # a step takes a hundred messages
+        torturer.torture('joint', config, kills - 2)
+        run = torturer.new(config, 'launched')
+        hows = torturer.rng.sample(['KILL to a rank', 'KILL to the driver', 'TERM to the driver'], 2)
+        torturer.kills += [launched(server, run, how) for how in hows]
+        torturer.ended(Forked(server, run, 2))
+        faults = differences(run, folder/'joint-whole')
+        assert not faults, f'{run}:\n' + '\n'.join(faults[:20]) + '\n' + table(torturer.kills)
     return torturer.kills
+
+
+def launched(server: Server, run: Path, how: str) -> Kill:
+    "Let `launch` start two ranks, and hit one of them or its driver once they are past a step"
+    driver, log, start = Forked(server, run), run.with_name(f'{run.name}.log'), len(read_json_lines(run/'metrics.jsonl'))
+    def notes(): return [json.loads(p.read_text()) for p in attempt().glob('rank-*.json')]
+    def attempt(): return max((run/'ranks').glob('attempt-*'), key=lambda p: p.stat().st_mtime)
+    def trained(): return len(read_json_lines(run/'metrics.jsonl')) > start
+    wait_for(lambda: trained() or not driver.alive(), log)
+    assert trained(), log.read_text()[-3000:]
+    pids = {n['rank']: n['pid'] for n in notes()}
+    number, hit = SIGNALS[how.split()[0]], time.monotonic()
+    if how.endswith('rank'): os.kill(pids[1], number)
+    else: driver.send(number)
+    codes = driver.wait()
+    wait_for(lambda: not any(map(_alive, pids.values())), log)   # nothing may stay behind
+    seconds, step = time.monotonic() - hit, checkpoint_step(run/'checkpoints'/'last')
+    said = re.search('rank 1 failed.*killed by signal 9', log.read_text(), re.S)
+    if how.endswith('rank'): assert codes == [1] and said, log.read_text()[-3000:]
+    else: assert {n['state'] for n in notes()} == {'stopped'}, notes()   # without their driver they stop, with a checkpoint
+    return Kill('launched', how, 'training', -1, step, ' '.join(map(str, codes)), seconds)
+
+
+def wait_for(condition: Callable[[], bool], log: Path):
+    end = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < end, f'nothing within 2 minutes\n{log.read_text()[-3000:]}'
+        time.sleep(0.05)
 
 
 def main():
@@ -448,7 +487,7 @@ def main():
     print(f'seed {args.seed}, runs in {folder}', flush=True)
     start = time.monotonic()
     kills = (one_rank if args.ranks == 1 else two_ranks)(folder, args.seed, args.kills)
-    print(table(kills), f'\n{len(kills)} kills in {time.monotonic() - start:.0f} s; every run ended with the bits of the one that nobody killed')
+    print(f'{table(kills)}\n{len(kills)} in {time.monotonic() - start:.0f} s; every run ended with the bits of the one that nobody killed')
     if not args.folder: shutil.rmtree(folder)
 
 

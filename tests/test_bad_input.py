@@ -1,4 +1,4 @@
-"Resumed with what does not fit, damaged, too new, not a number, out of memory, on a full disk, twice at once: said clearly, and nothing is lost"
+"What does not fit, is damaged or too new, no number, no memory, a full disk, two trainers: said clearly, and nothing is lost"
 import dataclasses
 import errno
 import json
@@ -15,6 +15,7 @@ from faults import joint, sha256
 from caption_nb.basics import read_json_lines
 from caption_nb.checkpoints import CHECKSUMS, CheckpointError, RunBusy, RunLock, checkpoint_step, generations, sealed, verify
 from caption_nb.config import Config, ConfigError
+from caption_nb.data import load_data
 from caption_nb.scenes import make_scenes
 from caption_nb.training import Trainer
 
@@ -24,6 +25,9 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 def tree(run: Path) -> dict[str, str]:
     "What must not be lost: every checkpoint, and the metrics"
     return {str(p.relative_to(run)): sha256(p) for p in sorted([*run.rglob('checkpoints/**/*'), run/'metrics.jsonl']) if p.is_file()}
+
+
+def weights(run: Path, kind: str = 'last') -> str: return sha256(run/'checkpoints'/kind/'model.safetensors')
 
 
 @pytest.fixture(scope='module')
@@ -52,7 +56,8 @@ def half(config, root) -> Path:
         if self.step == 7: (run/'STOP').touch()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, 'train_step', stop)
-        with pytest.raises(KeyboardInterrupt, match='stopped at step 7 of 10'): Trainer(dataclasses.replace(config, save_minutes=0.), run, quiet=True).fit()
+        trainer = Trainer(dataclasses.replace(config, save_minutes=0.), run, quiet=True)
+        with pytest.raises(KeyboardInterrupt, match='stopped at step 7 of 10'): trainer.fit()
     assert [checkpoint_step(p) for p in generations(run/'checkpoints'/'last')] == [7, 5]
     return run
 
@@ -68,7 +73,8 @@ def change_captions(photos: Path): # Of the first image
 
 def newer(last: Path):
     record = json.loads((last/CHECKSUMS).read_text())
-    (last/CHECKSUMS).write_bytes(sealed({k: v for k, v in record.items() if k != 'seal'} | dict(format=record['format'] + 1, version='9.0')))
+    del record['seal']
+    (last/CHECKSUMS).write_bytes(sealed(record | dict(format=record['format'] + 1, version='9.0')))
 
 
 # ---- what was trained before ------------------------------------------------------------------------------------
@@ -80,7 +86,7 @@ def test_other_data(config, run, tmp_path):
         Trainer(dataclasses.replace(config, data=str(photos)), run, quiet=True).prepare()
     shutil.move(photos, aside := tmp_path/'original')
     with pytest.MonkeyPatch.context() as patch:   # the same folder, with other captions in it
-        patch.setattr('caption_nb.training.load_data', lambda path, *a, real=__import__('caption_nb.data').data.load_data, **k: real(aside, *a, **k))
+        patch.setattr('caption_nb.training.load_data', lambda path, *args, **kwargs: load_data(aside, *args, **kwargs))
         with pytest.raises(ConfigError, match='data: other content than then'): Trainer(config, run, quiet=True).prepare()
     assert tree(run) == before
 
@@ -94,7 +100,7 @@ def test_truncated_checkpoint(config, run, whole, name):
         trainer = Trainer(config, run, quiet=True).prepare()
     assert trainer.step == 5 and read_json_lines(run/'metrics.jsonl')[-1]['step'] == 5
     trainer.fit()
-    for best in ('last', 'best'): assert sha256(run/f'checkpoints/{best}/model.safetensors') == sha256(whole/f'checkpoints/{best}/model.safetensors')
+    for kind in ('last', 'best'): assert weights(run, kind) == weights(whole, kind)
     assert [r['step'] for r in read_json_lines(run/'metrics.jsonl')] == [*range(1, 11), 10]
     assert len(list((run/'checkpoints').glob('last.damaged-*'))) == 1
 
@@ -129,13 +135,13 @@ def breaks(run: Path, config: Config, step: int, how) -> Trainer:
 
 def ends_as(whole: Path, run: Path, config: Config) -> bool:
     Trainer(config, run, quiet=True).fit()
-    return sha256(run/'checkpoints/last/model.safetensors') == sha256(whole/'checkpoints/last/model.safetensors')
+    return weights(run) == weights(whole)
 
 
 def test_loss_that_is_no_number(config, run, whole):
     trainer = breaks(run, config, 9, lambda parts: parts | dict(words=parts['words']*float('nan')))
     before = [checkpoint_step(p) for p in generations(run/'checkpoints'/'last')]
-    with pytest.raises(FloatingPointError, match=r'the loss is nan at step 9 of 10 \(epoch 2\), with the images \d+\.\w+, .*lower lr.*not touched'):
+    with pytest.raises(FloatingPointError, match=r'nan at step 9 of 10 \(epoch 2\), with the images \d+\.\w+, .*lower lr.*not touched'):
         trainer.fit()
     last = run/'checkpoints'/'last'
     assert verify(last) == [] and before[0] <= checkpoint_step(last) <= 8 and ends_as(whole, run, config)
@@ -165,7 +171,8 @@ def test_out_of_memory_in_earnest(config, tmp_path):
     run = tmp_path/'run'
     run.mkdir()
     (run/'config.json').write_text(dataclasses.replace(config, attention_dim=30_000, images_per_batch=33, captions_per_image=5).to_json())
-    done = subprocess.run([sys.executable, '-c', LIMITED, str(run)], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    done = subprocess.run([sys.executable, '-c', LIMITED, str(run)], env=os.environ | dict(OMP_NUM_THREADS='1'),
+                          capture_output=True, text=True)
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1 and last.startswith('MemoryError: out of memory: lower images_per_batch (now 33)'), done.stderr[-2000:]
     assert verify(run/'checkpoints'/'last') == []
@@ -180,7 +187,8 @@ def test_full_disk(config, run, whole, tmp_path):
         pytest.skip('may not mount a small disk here')
     try:
         shutil.copytree(run, disk/'run')
-        with pytest.raises(OSError, match='last could not be written.*the one before is intact.*Free some space') as e: Trainer(config, disk/'run', quiet=True).fit()
+        with pytest.raises(OSError, match='last could not be written.*the one before is intact.*Free some space') as e:
+            Trainer(config, disk/'run', quiet=True).fit()
         assert e.value.errno == errno.ENOSPC
         last = disk/'run'/'checkpoints'/'last'
         assert verify(last) == [] and checkpoint_step(last) == 7
@@ -191,7 +199,8 @@ def test_full_disk(config, run, whole, tmp_path):
 
 def test_two_trainers(config, run):
     first, before = Trainer(config, run, quiet=True).prepare(), tree(run)
-    with pytest.raises(RunBusy, match=f'is being trained by process {os.getpid()} on .*wait until it is done'): Trainer(config, run, quiet=True).prepare()
+    with pytest.raises(RunBusy, match=f'is being trained by process {os.getpid()} on .*wait until it is done'):
+        Trainer(config, run, quiet=True).prepare()
     second = subprocess.run([sys.executable, '-m', 'caption_nb.training', str(run)], capture_output=True, text=True)
     assert second.returncode == 1 and f'is being trained by process {os.getpid()}' in second.stderr.splitlines()[-1]
     assert tree(run) == before
@@ -212,7 +221,8 @@ def test_train_resume_says_so(fault, message, config, run, tmp_path):
         if fault == 'newer': newer(run/'checkpoints'/'last')
         if fault == 'busy': lock.acquire()
         before = tree(run)
-        done = subprocess.run([sys.executable, '-m', 'caption_nb.cli', 'train', '--resume', str(run)], capture_output=True, text=True, cwd=tmp_path)
+        command = [sys.executable, '-m', 'caption_nb.cli', 'train', '--resume', str(run)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     finally:
         (photos/'scenes.json').write_text(original)
         lock.release()

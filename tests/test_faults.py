@@ -10,7 +10,7 @@ import faults
 import pytest
 
 SEED = int(os.environ.get('CAPTION_NB_FAULT_SEED', '0'))
-pytestmark = pytest.mark.skipif(not Path('/proc/self').exists() or not hasattr(os, 'fork'), reason='forks trainers and watches them in /proc')
+pytestmark = pytest.mark.skipif(not Path('/proc/self').exists() or not hasattr(os, 'fork'), reason='forks, and reads /proc')
 
 
 def shown(kills: list[faults.Kill], seconds: float):

@@ -25,8 +25,8 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 
 def cases(root: Path) -> dict[str, Config]:
     "Nothing random in a step; 40 train images in batches of 13, so the last batch has one image, which only rank 0 sees"
-    calm = dict(num_images=50, images_per_batch=13, dropout=0., feature_dropout=0., sampling_ratio=0., crop=0., colour=0., accumulate=2, epochs=2,
-                log_every=1, save_minutes=0., doubly_stochastic=1., lr=2e-3, beam=2)
+    calm = dict(num_images=50, images_per_batch=13, dropout=0., feature_dropout=0., sampling_ratio=0., crop=0., colour=0., accumulate=2,
+                epochs=2, log_every=1, save_minutes=0., doubly_stochastic=1., lr=2e-3, beam=2)
     return {'joint': joint(root/'cache', **calm, concepts=1., label_smoothing=0.1),
             'frozen': joint(root/'cache', **calm, encoder='mobilenetv2_050', encoder_weights='random', ema=0.),
             'scst': joint(root/'cache', **calm, stage='scst', from_run=str(root/'one'/'joint'), scst_samples=3, dev_loss=False)}
