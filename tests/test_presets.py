@@ -1,8 +1,9 @@
 """Presets: the twelve that are shipped hold what their systems had, and each trains, goes on, captions and draws.
 
-Everything of a preset is used as it is, its decoder at its real size, except what would take minutes: few and small images, two epochs,
-encoders without trained weights. Three encoders are too large for that (ConvNeXt-B 350 MB, VGG16 540 MB, ResNet50 100 MB): where a preset is
-trained a smaller network with the same interface stands in for them, and their real shapes are taken from the networks, without weights.
+Everything of a preset is used as it is except what would take minutes: few and small images, two epochs, encoders without trained weights,
+and, where it is trained, at most 512 units, which spares the disk. Three encoders are too large to be trained with (ConvNeXt-B 350 MB, VGG16
+540 MB, ResNet50 100 MB): smaller networks with the same interface stand in for them, and their real shapes are taken from the networks
+themselves, without weights.
 """
 import dataclasses
 import os
@@ -158,7 +159,7 @@ def small(name: str, cache: Path, **changes) -> Config:
     "The preset on 20 small scenes, 16 of them for training, with what is too large replaced; what learns later does so from the second epoch on"
     config = load_preset(name)
     encoder, size = SMALL[config.encoder]
-    changes = dict(encoder_start=min(1, config.encoder_start)) | changes
+    changes = dict(encoder_start=min(1, config.encoder_start), hidden_dim=min(512, config.hidden_dim)) | changes
     return dataclasses.replace(config, **dict(encoder=encoder, encoder_weights='random', image_size=size, num_images=20, epochs=2,
                                               eval_every=2, max_len=6, min_len=2, beam=2, log_every=1, device='cpu', threads=1,
                                               precision='fp32', cache_dir=str(cache)) | changes).validate()
@@ -240,6 +241,7 @@ def test_real_photos(name, photo_cache, run, flickr8k, mobilenet):
     config = dataclasses.replace(load_preset(name), data=str(flickr8k), num_images=20, encoder='mobilenetv2_100', image_size=0,
                                  encoder_weights=str(mobilenet), encoder_pad_type='same', encoder_mean='0.5', encoder_std='0.5', epochs=1,
                                  finetune_from=-1, encoder_start=0, image_store='',   # its features, as they are
+                                 hidden_dim=min(512, load_preset(name).hidden_dim),
                                  min_freq=2, max_len=12, beam=3, device='cpu', threads=1, precision='fp32', cache_dir=str(photo_cache))
     trainer = Trainer(config.validate(), run, quiet=True)
     history = trainer.fit()
