@@ -9,7 +9,7 @@ __all__ = ['GROUPS', 'DECODERS', 'FREE_FIELDS', 'CHANGEABLE', 'SCST_RECIPE', 'op
            'field_faults', 'channel_values', 'combination_faults', 'FieldHelp', 'config_help', 'follow_up', 'presets',
            'load_preset']
 
-# %% ../nbs/55_config.ipynb #2df226c7
+# %% ../nbs/55_config.ipynb #10b39a4a
 import dataclasses
 import hashlib
 import json
@@ -27,7 +27,7 @@ from .recurrent import RecurrentDecoder
 from .text import Vocab
 from .transformer import TransformerDecoder
 
-# %% ../nbs/55_config.ipynb #c0862548
+# %% ../nbs/55_config.ipynb #5b227a99
 def option(group: str, # Heading under which the field is shown
            default: str | int | float | bool, # Its type is the field's type
            help: str, # Meaning, and unit where there is one
@@ -38,7 +38,7 @@ def option(group: str, # Heading under which the field is shown
     "A dataclass field with its `help` and the limits that `Config.validate` checks"
     return dataclasses.field(default=default, metadata=dict(group=group, help=help, choices=tuple(choices), low=low, high=high))
 
-# %% ../nbs/55_config.ipynb #6a39249e
+# %% ../nbs/55_config.ipynb #45d9f056
 @dataclass
 class DataOptions:
     "What to learn from"
@@ -51,7 +51,7 @@ class DataOptions:
     tokenizer: str = option('data', 'ptb', 'what cuts captions into words', choices=('ptb', 'spacy', 'nltk', 'whitespace'))
     max_words: int = option('data', 40, 'longer training captions are cut; words', low=1)
 
-# %% ../nbs/55_config.ipynb #67ad1926
+# %% ../nbs/55_config.ipynb #879acfe0
 @dataclass
 class EncoderOptions:
     "What sees the picture"
@@ -70,7 +70,7 @@ class EncoderOptions:
                               'them in memory')
     cache_dir: str = option('encoder', '', 'folder for features, decoded photos and drawn scenes; empty is ~/.cache/caption_nb')
 
-# %% ../nbs/55_config.ipynb #eb85bfa4
+# %% ../nbs/55_config.ipynb #19089fa4
 @dataclass
 class DecoderOptions:
     "What writes the words"
@@ -119,7 +119,7 @@ class DecodingOptions:
     bad_endings: str = option('decoding', '', 'words that no caption may end with, separated by commas: a,the,of,with')
     ban_unk: bool = option('decoding', True, 'never write the unknown word')
 
-# %% ../nbs/55_config.ipynb #67d663ea
+# %% ../nbs/55_config.ipynb #4dc9ff36
 @dataclass
 class TrainingOptions:
     "What is learned, from what, for how long"
@@ -153,7 +153,7 @@ class TrainingOptions:
     log_every: int = option('training', 50, 'steps between lines of metrics.jsonl', low=1)
     seed: int = option('training', 0, 'seed of weights, order of batches, dropout', low=0)
 
-# %% ../nbs/55_config.ipynb #131641fb
+# %% ../nbs/55_config.ipynb #c0c64955
 @dataclass
 class OptimizerOptions:
     "How the weights are changed"
@@ -187,7 +187,7 @@ class ScstOptions:
     scst_bleu: float = option('scst', 0.0, 'weight of BLEU-4 in the reward, beside CIDEr-D', low=0)
     scst_end: bool = option('scst', True, '<end> counts as a word of the reward; without it captions lose their last words')
 
-# %% ../nbs/55_config.ipynb #a6a68843
+# %% ../nbs/55_config.ipynb #9613e171
 @dataclass
 class MachineOptions:
     "Where it runs"
@@ -195,7 +195,7 @@ class MachineOptions:
     ranks: int = option('machine', 1, 'processes that train together; 0 is one for each GPU', low=0)
     precision: str = option('machine', 'auto', 'of the forward pass; auto measures what is faster', choices=('auto', 'fp32', 'bf16', 'fp16'))
     threads: int = option('machine', 0, 'CPU threads of the training loop; 0 measures what is faster', low=0)
-    compile: bool = option('machine', False, 'torch.compile the encoder and the decoder: slow to start, faster on a GPU')
+    compile: bool = option('machine', False, 'torch.compile an encoder that learns, and a transformer: slow to start; try it on a GPU')
     deterministic: bool = option('machine', False, 'only operations that give the same bits every time; slower on a GPU')
 
 
@@ -210,10 +210,10 @@ class RecordOptions:
     reference_images: int = option('record', 4, 'dev photos whose captions each evaluation notes', low=0)
     tensorboard: bool = option('record', False, 'write event files for TensorBoard too (pip install tensorboard)')
 
-# %% ../nbs/55_config.ipynb #90f6004a
+# %% ../nbs/55_config.ipynb #d9fd1c6c
 GROUPS = ('data', 'encoder', 'decoder', 'training', 'optimizer', 'scst', 'decoding', 'machine', 'record')
 
-# %% ../nbs/55_config.ipynb #e5e78500
+# %% ../nbs/55_config.ipynb #16fddf02
 @dataclass(frozen=True)
 class DecoderKind:
     "What a decoder's name in the configuration stands for"
@@ -237,7 +237,7 @@ def _decoders() -> dict[str, DecoderKind]:
 
 DECODERS = _decoders()
 
-# %% ../nbs/55_config.ipynb #32979b46
+# %% ../nbs/55_config.ipynb #d4b5e91a
 def decoder_options(config: 'Config') -> dict[str, str | int | float | bool]: # Argument of the constructor → value
     "What `config` says to the decoder's constructor, the usual values filled in"
     kind = DECODERS[config.decoder]
@@ -258,11 +258,11 @@ def make_decoder(config: 'Config', # Which decoder, and its options
         if config.encoder_layers: options['grid_shape'] = list(encoder.grid)
     return kind.make(len(vocab), encoder.dim, pad_id=vocab.pad_id, vector_dim=vector_dim, **options)
 
-# %% ../nbs/55_config.ipynb #11297621
+# %% ../nbs/55_config.ipynb #a7801482
 class ConfigError(ValueError):
     "A field of `Config` has a name, a type or a value that cannot be"
 
-# %% ../nbs/55_config.ipynb #d2e0bacb
+# %% ../nbs/55_config.ipynb #6afaa201
 @dataclass
 class Config(RecordOptions, MachineOptions, DecodingOptions, ScstOptions, OptimizerOptions, TrainingOptions, DecoderOptions, EncoderOptions,
              DataOptions):
@@ -308,7 +308,7 @@ class Config(RecordOptions, MachineOptions, DecodingOptions, ScstOptions, Optimi
         if faults: raise ConfigError('\n'.join(faults))
         return self
 
-# %% ../nbs/55_config.ipynb #e9a59ad6
+# %% ../nbs/55_config.ipynb #b54e0343
 def typed(name: str, # Field, for the message
           value, # What was given
           kind: type, # What is wanted: str, int, float or bool
@@ -332,7 +332,7 @@ def field_faults(f: dataclasses.Field, value) -> list[str]:
     if limits['high'] is not None and value > limits['high']: return [f'{f.name}={value!r}: must be at most {limits["high"]}']
     return []
 
-# %% ../nbs/55_config.ipynb #66c109ca
+# %% ../nbs/55_config.ipynb #83423025
 def channel_values(text: str, # '' or '0.5' or '0.485,0.456,0.406'
                    ) -> tuple[float, float, float] | None: # None if empty
     "One number per colour channel from `text`"
@@ -341,7 +341,7 @@ def channel_values(text: str, # '' or '0.5' or '0.485,0.456,0.406'
     if len(values) not in (1, 3): raise ValueError(f'{text!r}: one number or three, separated by commas')
     return values if len(values) == 3 else values*3
 
-# %% ../nbs/55_config.ipynb #c646edcb
+# %% ../nbs/55_config.ipynb #1a7e31a8
 def combination_faults(config: Config) -> list[str]:
     "What is wrong with values that are each possible, but not together"
     c, faults = config, []
@@ -361,7 +361,7 @@ def combination_faults(config: Config) -> list[str]:
         if getattr(c, name) == 0: faults.append(f'{name}=0.0: must be more than 0')
     return faults
 
-# %% ../nbs/55_config.ipynb #d2cf97ac
+# %% ../nbs/55_config.ipynb #fcccc764
 def _encoder_faults(c: 'Config') -> list[str]:
     learns, faults = c.encoder_learns, []
     if c.encoder == 'scene_cnn':
@@ -372,6 +372,8 @@ def _encoder_faults(c: 'Config') -> list[str]:
     if not learns:
         wrong = [n for n in ('crop', 'colour', 'image_store', 'encoder_start', 'decoder_start') if getattr(c, n)]
         faults += [f'{n}={getattr(c, n)!r}: the encoder {c.encoder} is frozen; leave it out, or let it learn with finetune_from' for n in wrong]
+    if c.compile and not c.finetune_from >= 0 and c.decoder != 'transformer':
+        faults.append(f'compile=True: helps an encoder that learns and a transformer, not the loops of {c.decoder}; leave it out')
     first = min(c.encoder_start, c.decoder_start)
     if first: faults.append(f'encoder_start={c.encoder_start}, decoder_start={c.decoder_start}: nothing would learn in the first {first} epochs')
     faults += [f'{n}={getattr(c, n)}: must be less than epochs={c.epochs}' for n in ('encoder_start', 'decoder_start') if getattr(c, n) >= c.epochs]
@@ -404,7 +406,7 @@ def _decoding_faults(c: 'Config') -> list[str]:
     if c.min_len >= c.max_len: faults.append(f'min_len={c.min_len}: must be less than max_len={c.max_len}')
     return faults
 
-# %% ../nbs/55_config.ipynb #a9110369
+# %% ../nbs/55_config.ipynb #0c452f91
 @dataclass
 class FieldHelp:
     "One line of `config_help`"
@@ -417,7 +419,7 @@ def config_help() -> list[FieldHelp]:
                       f.metadata['help'] + (f'; one of {", ".join(map(repr, c))}' if (c := f.metadata['choices']) else ''))
             for f in dataclasses.fields(Config)]
 
-# %% ../nbs/55_config.ipynb #35b099db
+# %% ../nbs/55_config.ipynb #9a51b19e
 FREE_FIELDS = frozenset(('name', 'runs_dir', 'resume', 'from_run', 'device', 'threads', 'cache_dir', 'features', 'image_store', 'beam',
                          'log_every', 'save_minutes', 'keep_last', 'tensorboard', 'reference_images'))
 CHANGEABLE = FREE_FIELDS | {
@@ -426,7 +428,7 @@ CHANGEABLE = FREE_FIELDS | {
     'feature_dropout', 'crop', 'colour', 'sampling_ratio', 'sampling_start', 'sampling_schedule', 'patience', 'eval_every', 'dev_loss',
     'ranks', 'compile', 'deterministic'}
 
-# %% ../nbs/55_config.ipynb #5ce478dd
+# %% ../nbs/55_config.ipynb #343b77ac
 SCST_RECIPE = dict(stage='scst', epochs=1, lr=2e-5, schedule='constant', warmup_steps=0, label_smoothing=0., feature_dropout=0.,
                    sampling_ratio=0., sampling_start=0., concepts=0., ema=0.98, patience=0, eval_every=1)
 
@@ -439,7 +441,7 @@ def follow_up(config: Config, # Of the run whose weights are taken over
     name = f'{config.name or Path(run).name}-{stage}'[-60:]
     return dataclasses.replace(config, from_run=str(run), resume='', name=name, **(SCST_RECIPE if stage == 'scst' else dict(stage=stage)))
 
-# %% ../nbs/55_config.ipynb #dfcbf29b
+# %% ../nbs/55_config.ipynb #3cebda9e
 def presets() -> dict[str, str]: # Name → what it is
     "Every preset that is shipped"
     files = sorted((experiments_folder()/'presets').glob('*.yaml'))

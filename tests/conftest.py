@@ -1,6 +1,7 @@
 """Fixtures shared by every test. What a machine lacks is skipped with the reason, except where `CAPTION_NB_REQUIRE`
 names it (`.ci/run` does: there a missing piece is a failure)."""
 import os
+import signal
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,10 @@ def need(name: str, there: bool, reason: str):
     if there: return
     if name in os.environ.get('CAPTION_NB_REQUIRE', '').split(','): pytest.fail(f'{name} is required here: {reason}')
     pytest.skip(reason)
+
+
+# A shell that starts tests in the background lets them ignore Ctrl-C, which some of them send
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope='session')

@@ -26,7 +26,7 @@ from caption_nb.training import demo_config
     (dict(encoder='scene_cnn', features='a.h5'), 'trained jointly'), (dict(crop=0.2), 'crop=0.2: the encoder mobilenetv2_100 is frozen'),
         (dict(encoder='scene_cnn', finetune_from=2), 'learns as a whole anyway'), (dict(finetune_from=3, encoder_start=11), 'less than epochs=11'),
         (dict(finetune_from=3, encoder_start=2, decoder_start=1), 'nothing would learn in the first 1 epochs'),
-        (dict(stage='scst'), 'name a run trained with cross-entropy'), (dict(stage='scst', from_run='a', label_smoothing=0.1), 'belongs to cross-entropy'),
+        (dict(compile=True), 'not the loops of attention_lstm'), (dict(stage='scst'), 'name a run trained with cross-entropy'), (dict(stage='scst', from_run='a', label_smoothing=0.1), 'belongs to cross-entropy'),
         (dict(stage='scst', from_run='a', scst_samples=1), 'leave_one_out needs at least 2'), (dict(optimizer='adma'), "did you mean 'adam'"),
         (dict(schedule='cosin'), "did you mean 'cosine'"),
     (dict(epochs=0, beam=0), 'epochs=0: must be at least 1\nbeam=0: must be at least 1')])
