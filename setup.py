@@ -13,14 +13,14 @@ cfg = config['DEFAULT']
 
 
 class BuildWithExperiments(build_py):
-    "Copies the notebooks and presets of `nbs/experiments` into the package, so that an installed wheel can train outside a clone"
+    "Copies the notebooks, presets and sweeps of `nbs/experiments` into the package, so that an installed wheel can train outside a clone"
     def run(self):
         super().run()
         if getattr(self, 'editable_mode', False): return   # a clone reads them where they are
         target = Path(self.build_lib)/cfg['lib_name']/'experiments'
         target.mkdir(parents=True, exist_ok=True)
         source = here/'nbs'/'experiments'
-        for file in [*source.glob('*.ipynb'), *source.glob('presets/*.yaml')]:
+        for file in [*source.glob('*.ipynb'), *source.glob('presets/*.yaml'), *source.glob('sweeps/*.yaml')]:
             (target/file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(file, target/file.relative_to(source))
 
