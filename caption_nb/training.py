@@ -7,7 +7,7 @@ __all__ = ['PROGRESS', 'COUNTED', 'default_cache', 'prepare_data', 'prepare_enco
            'prepare_pixels', 'Machine', 'autocast', 'time_step', 'choose_machine', 'Trainer', 'count_targets',
            'memory_hint', 'give_back_memory', 'Interrupted', 'demo_config', 'main']
 
-# %% ../nbs/60_training.ipynb #d748fd77
+# %% ../nbs/60_training.ipynb #b3466c77
 import copy
 import ctypes
 import hashlib
@@ -53,7 +53,7 @@ from .scst import SelfCritical, fragment_share
 from .text import Vocab, tokenize_all
 from .vectors import WordVectors, read_vectors
 
-# %% ../nbs/60_training.ipynb #ca1efc91
+# %% ../nbs/60_training.ipynb #77b1138a
 def default_cache(config: Config | None = None) -> Path:
     "Where features, decoded photos and drawn scenes are kept"
     if config and config.cache_dir: return Path(config.cache_dir).expanduser()
@@ -85,7 +85,7 @@ def prepare_encoder(config: Config,
     if c.finetune_from >= 0: return encoder.finetune(c.finetune_from)
     return encoder if c.encoder_learns else encoder.freeze()
 
-# %% ../nbs/60_training.ipynb #45336d76
+# %% ../nbs/60_training.ipynb #2a5cbc24
 def checked_store(path: Path, data: CaptionData, encoder: Encoder, ids: Sequence[str], views: Sequence[str]) -> FeatureStore:
     "The store at `path`, refused unless it has the `views` of all `ids` by this `encoder`; it may hold more"
     store = FeatureStore(path, expect=dict(encoder=encoder.spec))
@@ -115,7 +115,7 @@ def prepare_pixels(config: Config, data: CaptionData, encoder: Encoder, quiet: b
     if config.image_store == 'auto': path = default_image_store(data, encoder.preprocess, default_cache(config)/'images')
     return store_images(data, encoder.preprocess, path, ids, quiet=quiet)
 
-# %% ../nbs/60_training.ipynb #c0b0e726
+# %% ../nbs/60_training.ipynb #6c07bcec
 @dataclass
 class Machine:
     "How steps are computed, and how long a step took in each of the ways tried"
@@ -144,7 +144,7 @@ def time_step(model: CaptionModel, # Trained on nothing: gradients are thrown aw
         model.zero_grad(set_to_none=True)
     return min(times[1:])
 
-# %% ../nbs/60_training.ipynb #f3a499bb
+# %% ../nbs/60_training.ipynb #90d80b2a
 def choose_machine(config: Config, # `threads` and `precision`: what it fixes is not measured
                    model: CaptionModel, # Not changed
                    batch: Batch, # A typical one, on the model's device
@@ -173,7 +173,7 @@ def choose_machine(config: Config, # `threads` and `precision`: what it fixes is
     finally: torch.set_num_threads(most)
     return Machine(best[1], best[2], seconds)
 
-# %% ../nbs/60_training.ipynb #bbcf2a89
+# %% ../nbs/60_training.ipynb #5da54c80
 PROGRESS = ('step', 'epoch', 'seconds', 'best', 'best_epoch', 'bad', 'stalled', 'scale', 'stopped')   # of a run, kept in its checkpoints
 
 
@@ -212,7 +212,7 @@ class Trainer:
         "Steps in all"
         return self.config.epochs*self.per_epoch
 
-# %% ../nbs/60_training.ipynb #e6f9e0e4
+# %% ../nbs/60_training.ipynb #2f8e9584
 @patch
 def prepare(self: Trainer) -> Trainer:
     "Data, vocabulary, encoder, features, model, optimiser; and the state of the last sound checkpoint, if there is one"
@@ -259,7 +259,7 @@ def _one_after_the_other(self: Trainer) -> Iterator[None]:
     yield
     if self.ranks.main: self.ranks.barrier()
 
-# %% ../nbs/60_training.ipynb #ffde81de
+# %% ../nbs/60_training.ipynb #319d67d4
 @patch
 def _prepare_sources(self: Trainer, encoder: Encoder, epoch: int):
     "Features as long as the encoder does not learn, pixels from then on"
@@ -304,7 +304,7 @@ def _read_vectors(self: Trainer) -> WordVectors:
     counts = Counter(word for words in tokenize_all(self.data.train_captions(), c.tokenizer) for word in words)
     return read_vectors(c.word_vectors, self.vocab.words, counts, c.seed, self.quiet)
 
-# %% ../nbs/60_training.ipynb #bc729124
+# %% ../nbs/60_training.ipynb #60e6f157
 @patch
 def _prepare_batches(self: Trainer):
     c, ranks = self.config, self.ranks
@@ -344,7 +344,7 @@ def _enter_epoch(self: Trainer):
     self.batches.set_epoch(self.epoch)
     self.model.train()
 
-# %% ../nbs/60_training.ipynb #2dc1a283
+# %% ../nbs/60_training.ipynb #fde363eb
 @patch
 def state(self: Trainer) -> dict:
     "All that resuming needs besides the weights, as numbers, text and tensors"
@@ -361,7 +361,7 @@ def _fingerprints(self: Trainer) -> dict[str, str]:
     digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
     return dict(data=self.data.fingerprint, vocab=self.vocab.fingerprint, features=digest)
 
-# %% ../nbs/60_training.ipynb #8432306e
+# %% ../nbs/60_training.ipynb #8c1950c2
 @patch
 def save(self: Trainer, name: str, # 'last' or 'best'
          wait: bool = False, # Until it is on the disk
@@ -394,7 +394,7 @@ def _encoder_file(self: Trainer) -> Path:
         atomic_write(path, weight_bytes({f'encoder.{n}': t for n, t in encoder.state_dict().items()}))
     return path
 
-# %% ../nbs/60_training.ipynb #0e730cdb
+# %% ../nbs/60_training.ipynb #e2b7187c
 @patch
 def _take_up(self: Trainer, state: dict):
     "Go on where the checkpoint with `state` was written; the weights are there already"
@@ -421,7 +421,7 @@ def _use(self: Trainer, machine: Machine, scaler: dict | None = None):
     self.machine, self.scaler = machine, make_scaler(machine.precision, self.device)
     if scaler: self.scaler.load_state_dict(scaler)
 
-# %% ../nbs/60_training.ipynb #2fbbbf73
+# %% ../nbs/60_training.ipynb #c3187874
 @patch
 def _changes(self: Trainer, state: dict) -> dict[str, list]: # Field → what it was, what it is
     then, now = state['config'], self.config.to_dict()
@@ -438,7 +438,7 @@ def _check_same(self: Trainer, state: dict):
     if other: raise ConfigError(f'{self.run} cannot be continued with this configuration: {"; ".join(other)}. '
                                 'Change it back, or start a new run (--from takes over the weights)')
 
-# %% ../nbs/60_training.ipynb #654ac7c5
+# %% ../nbs/60_training.ipynb #7f23d45f
 COUNTED = {'words': 0, 'concepts': 2, 'scst': 2}   # what a part of the loss is a mean over: words, captions (the others) or images
 
 
@@ -469,7 +469,7 @@ def _parts(self: Trainer, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Te
     parts = self.model.parts(batch, c.label_smoothing, self.vocab.pad_id, own)
     return parts, dict(loss=parts['words'].detach())
 
-# %% ../nbs/60_training.ipynb #67950135
+# %% ../nbs/60_training.ipynb #bb5c149c
 @patch
 def train_step(self: Trainer, batches: Sequence[Batch]): # One, or as many as are accumulated; a rank's share may be empty
     "Forward, backward and update on the captions of all `batches`"
@@ -506,7 +506,7 @@ def train_step(self: Trainer, batches: Sequence[Batch]): # One, or as many as ar
     self.tick = now
     if self.step % c.log_every == 0: self.log_steps()
 
-# %% ../nbs/60_training.ipynb #2b876e2c
+# %% ../nbs/60_training.ipynb #5c039f6d
 @patch
 def _sum_over_ranks(self: Trainer, logged: dict[str, Tensor | float]) -> dict[str, Tensor | float]:
     "Sum gradients, and the numbers in `logged`, over the ranks"
@@ -545,7 +545,7 @@ def memory_hint(config: Config) -> Iterator[None]:
                           f'image_size, precision=\'bf16\'; eval_beam ({config.eval_beam}) if it happened at an evaluation. What was saved '
                           f'is not lost. ({str(e).splitlines()[0][:200]})') from e
 
-# %% ../nbs/60_training.ipynb #3880b323
+# %% ../nbs/60_training.ipynb #a2074dc1
 @patch
 def _settle(self: Trainer):
     "Turn what is known of the last steps into plain numbers, and see that they are numbers"
@@ -582,7 +582,7 @@ def log(self: Trainer, **values):
         self.events = self.events or EventFiles(self.run/'events', self.begun)
         self.events.write(row)
 
-# %% ../nbs/60_training.ipynb #736e9009
+# %% ../nbs/60_training.ipynb #febeb556
 @patch
 def end_epoch(self: Trainer):
     "Log, score the dev split, keep the best, write the checkpoint"
@@ -619,7 +619,7 @@ def give_back_memory():
     try: ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError, TypeError): pass   # not glibc
 
-# %% ../nbs/60_training.ipynb #ff33c0e9
+# %% ../nbs/60_training.ipynb #4c526c3d
 @patch
 def _captions_of(self: Trainer, model: CaptionModel, ids: Sequence[str], width: int, attention: bool = False) -> dict: # Id → Hypothesis
     "The captions of `ids`, each rank writing a share of them; every rank gets all"
@@ -658,7 +658,7 @@ def judge(self: Trainer, value: float, # Higher is better
     if c.schedule == 'plateau' and self.stalled > c.plateau_patience: self.scale, self.stalled = max(self.scale*c.plateau_factor, c.lr_floor), 0
     self.stopped = bool(c.patience) and self.bad >= c.patience
 
-# %% ../nbs/60_training.ipynb #192cd7d4
+# %% ../nbs/60_training.ipynb #af654927
 class Interrupted(Exception):
     "Somebody wants the run to stop; its state is as at the last step"
 
@@ -697,7 +697,7 @@ def _begin(self: Trainer):
     if self.machine.threads: torch.set_num_threads(self.machine.threads)
     self.save('last')
 
-# %% ../nbs/60_training.ipynb #ca45f1a3
+# %% ../nbs/60_training.ipynb #3ed991a9
 @patch
 def _loop(self: Trainer, show: Callable):
     c, saved, shown = self.config, time.monotonic(), time.monotonic()
@@ -737,7 +737,7 @@ def _grant(self: Trainer, saved: float) -> float: # Time of the latest checkpoin
     self.save('last')
     return time.monotonic()
 
-# %% ../nbs/60_training.ipynb #7471ed63
+# %% ../nbs/60_training.ipynb #e847b569
 @patch
 def _groups(self: Trainer, show: Callable) -> Iterator[list[Batch]]:
     "The batches of each step, epoch after epoch"
@@ -758,7 +758,7 @@ def status(self: Trainer) -> str:
     dev = f', dev {self.config.monitor} {abs(self.best):.3f} (epoch {self.best_epoch})' if self.best > -math.inf else ''
     return f'epoch {min(self.epoch + 1, self.config.epochs)}/{self.config.epochs}{loss}{dev}'
 
-# %% ../nbs/60_training.ipynb #b4a6e497
+# %% ../nbs/60_training.ipynb #697eb8ba
 @patch
 def _sample_batch(self: Trainer) -> Batch:
     batches = copy.copy(self.batches)   # a copy: the place in the order stays what it is
@@ -800,7 +800,7 @@ def _loop_settings(self: Trainer) -> Iterator[None]:
         torch.use_deterministic_algorithms(deterministic)
         for s, handler in before.items(): signal.signal(s, handler)
 
-# %% ../nbs/60_training.ipynb #7f891039
+# %% ../nbs/60_training.ipynb #776aac59
 @patch
 def _fit_by_ranks(self: Trainer, show: Callable) -> list[dict]:
     "Start the ranks, follow them to the end, and take up what they have learnt"
@@ -822,7 +822,7 @@ def _fit_by_ranks(self: Trainer, show: Callable) -> list[dict]:
     self.ready = False
     return self.history
 
-# %% ../nbs/60_training.ipynb #8c202732
+# %% ../nbs/60_training.ipynb #5cb523ee
 @patch
 def evaluate(self: Trainer, split: str = 'dev', # Which split
              width: int | None = None, # Beam width; None takes the configuration's
@@ -848,12 +848,13 @@ def _write_results(self: Trainer, result: Evaluation):
     atomic_write(self.run/f'captions_{result.split}.json', json.dumps(rows, ensure_ascii=False, indent=0) + '\n')
     path = self.run/'results.json'
     results = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
-    results |= {result.split: result.to_dict(), 'best_epoch': self.best_epoch, 'seconds': round(self.seconds, 1),
-                'cost': self.meter.summary(max(self.ranks.size, self._ranks_wanted()))}
+    trained = results.get('seconds') != round(self.seconds, 1)   # since then; a later evaluation, elsewhere perhaps, costs the training nothing
+    if trained or 'cost' not in results: results['cost'] = self.meter.summary(max(self.ranks.size, self._ranks_wanted()))
+    results |= {result.split: result.to_dict(), 'best_epoch': self.best_epoch, 'seconds': round(self.seconds, 1)}
     if self.critic: results['reward'] = self.critic.signature
     atomic_write(path, json.dumps(results, indent=1) + '\n')
 
-# %% ../nbs/60_training.ipynb #122e94b7
+# %% ../nbs/60_training.ipynb #8d3ba3c7
 def demo_config(**changes, # Fields to set otherwise
                 ) -> Config:
     "The configuration of the demo: 2,000 drawn scenes, a small encoder trained jointly"
@@ -863,7 +864,7 @@ def demo_config(**changes, # Fields to set otherwise
                 threads=1)   # its operations are so small that a second thread mostly waits
     return Config.from_dict(demo | changes)
 
-# %% ../nbs/60_training.ipynb #08a923d9
+# %% ../nbs/60_training.ipynb #4bdd2afd
 def main(arguments: Sequence[str] | None = None) -> int:
     "`python -m caption_nb.training RUN`: train the run folder's config.json to the end and evaluate on dev; one rank, or all of them"
     arguments = sys.argv[1:] if arguments is None else list(arguments)

@@ -60,3 +60,24 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope='module')
+def cluster(tmp_path_factory):
+    "A real SLURM of two nodes, without accounting, for the tests of a file; SLURM's commands here lead to it"
+    yield from _cluster(tmp_path_factory)
+
+
+@pytest.fixture(scope='module')
+def accounted(tmp_path_factory):
+    "The same with slurmdbd and MariaDB: sacct works"
+    yield from _cluster(tmp_path_factory, accounting=True)
+
+
+def _cluster(tmp_path_factory, **options):
+    from cluster import Cluster, install_packages
+    reason = install_packages(options.get('accounting', False))
+    need('slurm', not reason, reason)
+    with Cluster(tmp_path_factory.mktemp('slurm'), **options) as started, pytest.MonkeyPatch.context() as patch:
+        for name, value in started.env.items(): patch.setenv(name, value)
+        yield started
