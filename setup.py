@@ -1,4 +1,4 @@
-"""Packaging. Everything is read from settings.ini; the wheel also carries the experiment notebooks."""
+"""Packaging. Everything is read from settings.ini; the wheel also carries what lies outside the package: notebooks, templates."""
 from configparser import ConfigParser
 from pathlib import Path
 import shutil
@@ -12,17 +12,20 @@ config.read(here/'settings.ini', encoding='utf-8')
 cfg = config['DEFAULT']
 
 
-class BuildWithExperiments(build_py):
-    "Copies the notebooks, presets and sweeps of `nbs/experiments` into the package, so that an installed wheel can train outside a clone"
+SHIPPED = {'experiments': (here/'nbs'/'experiments', ('*.ipynb', 'presets/*.yaml', 'sweeps/*.yaml')),
+           'slurm': (here/'slurm', ('job.sh', 'profiles/*.toml', 'README.md'))}
+
+
+class BuildWithData(build_py):
+    "Copies experiments, presets, job template and profiles into the package: an installed wheel trains and submits outside a clone"
     def run(self):
         super().run()
         if getattr(self, 'editable_mode', False): return   # a clone reads them where they are
-        target = Path(self.build_lib)/cfg['lib_name']/'experiments'
-        target.mkdir(parents=True, exist_ok=True)
-        source = here/'nbs'/'experiments'
-        for file in [*source.glob('*.ipynb'), *source.glob('presets/*.yaml'), *source.glob('sweeps/*.yaml')]:
-            (target/file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(file, target/file.relative_to(source))
+        for folder, (source, patterns) in SHIPPED.items():
+            for file in (f for pattern in patterns for f in source.glob(pattern)):
+                target = Path(self.build_lib)/cfg['lib_name']/folder/file.relative_to(source)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(file, target)
 
 
 extras = {key.removesuffix('_requirements'): value.split() for key, value in cfg.items() if key.endswith('_requirements')}
@@ -40,5 +43,5 @@ setup(
         'Topic :: Scientific/Engineering :: Artificial Intelligence'],
     python_requires='>=' + cfg['min_python'], packages=find_packages(include=[cfg['lib_name'], cfg['lib_name'] + '.*']),
     include_package_data=True, install_requires=cfg['requirements'].split(), extras_require=extras,
-    entry_points={'console_scripts': cfg['console_scripts'].split()}, cmdclass={'build_py': BuildWithExperiments}, zip_safe=False,
+    entry_points={'console_scripts': cfg['console_scripts'].split()}, cmdclass={'build_py': BuildWithData}, zip_safe=False,
 )

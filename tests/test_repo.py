@@ -214,6 +214,8 @@ def test_wheel_holds_modules_and_experiments(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     for module in MODULES: assert f'{settings["lib_name"]}/{module}.py' in names
     for path in EXPERIMENTS: assert f'{settings["lib_name"]}/experiments/{path.name}' in names
+    for name in ('job.sh', *(f'profiles/{path.name}' for path in (ROOT/'slurm'/'profiles').glob('*.toml'))):
+        assert f'{settings["lib_name"]}/slurm/{name}' in names
     assert any(n.endswith('LICENSE') for n in names)
     strange = [n for n in names if not n.startswith((settings['lib_name'] + '/', settings['lib_name'] + '-'))]
     assert not strange, f'the wheel installs {strange} beside the package'
@@ -244,6 +246,9 @@ def test_installed_wheel_works_outside_a_clone(wheel, tmp_path):
     assert where.startswith(str(site))
     shown = run(sys.executable, '-c', 'import sys; from caption_nb.cli import main; sys.exit(main())', '--help', cwd=tmp_path/'empty', PYTHONPATH=str(site))
     for command in ('train', 'runs', 'caption', 'extract', 'check', 'demo'): assert command in shown
+    profiles = run(sys.executable, '-c', 'from caption_nb.profiles import profiles, slurm_folder; print(slurm_folder(), *profiles())',
+                   cwd=tmp_path/'empty', PYTHONPATH=str(site), XDG_CONFIG_HOME=str(tmp_path))
+    assert profiles.startswith(str(site)) and {'local', 'debug', 'one-gpu'} <= set(profiles.split())
 
 
 def test_make_lists_its_targets():
