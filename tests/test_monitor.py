@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caption_nb import cli, monitor, slurm
+from caption_nb import cli, monitor, progress, slurm
 from caption_nb.basics import atomic_write
 from caption_nb.runs import Run
 
@@ -214,7 +214,7 @@ def test_sparkline(values, width):
 
 def test_follow_a_terminal(tmp_path):
     terminal = Terminal()
-    follow = monitor.Follow(tmp_path, terminal)
+    follow = progress.Follow(tmp_path, terminal)
     def bar(text): follow('update_display_data', dict(data={'text/html': f'<progress value="1"></progress> {text}'}))
     (tmp_path/'metrics.jsonl').write_text('{"step": 1, "dev": {"CIDEr": 0.5}, "epoch": 1}\n')
     bar('training: 1/2'); follow.shown = 0; bar('training: 2/2')
@@ -227,7 +227,7 @@ def test_follow_a_closed_terminal(tmp_path):
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, 'w') as out:
-        follow = monitor.Follow(tmp_path, out, every=0)
+        follow = progress.Follow(tmp_path, out, every=0)
         follow('display_data', dict(data={'text/html': '<progress value="1"></progress> training: 1/2'}))
         follow.line('epoch 1')
         try: out.close()
@@ -257,7 +257,7 @@ def add_sweep(runs_dir: Path, names: list[str], jobs: list[tuple], name='s', old
     (job := runs_dir/f'sweep-{name}').mkdir(parents=True)
     tasks = [dict(run=f'{old or runs_dir}/{n}', scst='') for n in names]
     made = [dict(step=step, id=id, tasks=tasks, first=first, array=len(tasks) > 1, time='', script=f'{step}.sh') for step, id, tasks, first in jobs]
-    (job/'job.json').write_text(json.dumps(dict(name=name, profile=dict(requeue=True), tasks=tasks, jobs=made)))
+    (job/'job.json').write_text(json.dumps(dict(name=name, profile=dict(requeue=True), steps=[step for step, *_ in jobs], tasks=tasks, jobs=made)))
     return job
 
 
@@ -382,6 +382,11 @@ def test_chains_show_the_step_that_goes_on(tmp_path, squeue):
     squeue.text = '72_0|RUNNING|0:10|10:00|n1|2026-05-01T09:30:00|None\n' + f'71_1{wait}72_1{wait}'
     s = states_of(runs_dir=tmp_path)
     assert (s['a'].step, s['a'].state, s['b'].step) == ('evaluate', 'running', 'train')
+    squeue.text = ''
+    assert states_of(runs_dir=tmp_path)['a'].state == 'done'
+    add_run(tmp_path/'a'/'evaluate-dev', attempt(1, 'error', reason='error', error=dict(type='OSError', message='disk full')))
+    s = states_of(runs_dir=tmp_path)
+    assert (s['a'].state, s['a'].reason) == ('error', 'of the evaluation: OSError: disk full')
 
 
 def test_names_of_runs_and_sweeps(tmp_path, squeue, monkeypatch):
@@ -397,7 +402,9 @@ def test_names_of_runs_and_sweeps(tmp_path, squeue, monkeypatch):
     with pytest.raises(FileNotFoundError, match='no run'): monitor.chosen(['zzz'], runs_dir)
     assert monitor.chosen((), tmp_path/'nothing') == ([], [])
     (runs_dir/'sweep-s'/'job.json').write_text('{"tasks": [{}], "jobs"')
-    with pytest.raises(ValueError, match='sweep-s/job.json is no list of jobs'): monitor.chosen(['a1'], runs_dir)
+    with pytest.raises(ValueError, match='sweep-s/job.json is damaged'): monitor.chosen(['a1'], runs_dir)
+    (runs_dir/'sweep-s'/'job.json').write_text('{"name": "s", "profile": {}, "steps": [], "tasks": [{}], "jobs": [{}]}')
+    with pytest.raises(ValueError, match='sweep-s/job.json is damaged .KeyError'): monitor.chosen(['a1'], runs_dir)
 
 
 def test_one_spoilt_file_hides_nothing_else(tmp_path, squeue):
@@ -526,7 +533,7 @@ def test_follow_from_the_queue_to_the_end(tmp_path, squeue, monkeypatch, tty):
     run, out = add_run(tmp_path/'run'), Terminal() if tty else io.StringIO()
     (run/'job').mkdir()
     made = dict(step='train', id=71, tasks=[0], first=0, array=False)
-    (run/'job'/'job.json').write_text(json.dumps(dict(tasks=[dict(run=str(run), scst='')], jobs=[made])))
+    (run/'job'/'job.json').write_text(json.dumps(dict(name='run', profile={}, steps=['train'], tasks=[dict(run=str(run), scst='')], jobs=[made])))
     squeue.text = '71|PENDING|0:00|1:00:00||N/A|Priority\n'
     monkeypatch.setattr(monitor, 'ASK_EVERY', 0.2)
     thread = goes_by(run, squeue)
@@ -743,7 +750,7 @@ def test_real_queue_reasons(tmp_path, cluster, capsys):
     id = cluster.sbatch('sleep 100', '--time=5', f'--dependency=afterok:{first}')
     (run/'job').mkdir()
     made = dict(step='train', id=id, tasks=[0], first=0, array=False)
-    (run/'job'/'job.json').write_text(json.dumps(dict(tasks=[dict(run=str(run), scst='')], jobs=[made])))
+    (run/'job'/'job.json').write_text(json.dumps(dict(name='run', profile={}, steps=['train'], tasks=[dict(run=str(run), scst='')], jobs=[made])))
     assert monitor.follow(run, once=True) == 0 and 'pending: Dependency' in capsys.readouterr().out
     slurm.cancel([t.id for t in monitor.cancel_targets([run], tmp_path)] + [first])
     end = time.monotonic() + 20
