@@ -229,6 +229,7 @@ def test_wheel_metadata_is_real(wheel):
     assert (meta['License-Expression'] or meta['License']) == 'Apache-2.0'
     assert settings['author'] in (meta['Author'] or meta['Author-email'])
     requires = meta.get_all('Requires-Dist')
+    assert any(r.startswith('tomli') and 'python_version < "3.11"' in r for r in requires)
     assert any(r.startswith('torch') and '<' in r for r in requires) and any(r.startswith('torchvision') and '<' in r for r in requires)
     assert {'lab', 'tokenizers', 'dev', 'docs'} <= set(meta.get_all('Provides-Extra'))
     assert not [r for r in requires if r.startswith(('pycocoevalcap', 'nbdev')) and 'extra' not in r], 'test tools are no dependency of the product'
