@@ -246,10 +246,10 @@ def test_curves_can_be_told_apart_in_grey(tmp_path):
 def test_three_hundred_runs(tmp_path):
     for i in range(100):
         for s in range(3): invent(tmp_path, f'r{i:03}-{s}', 0.5 + i/1000 + s/100, s, lr=1e-5*(i + 1))
-    start = time.perf_counter()
+    start = time.process_time()   # not of the clock on the wall: the machine may be busy
     board, = leaderboards(sorted(tmp_path.iterdir()))
     text, page, table = board.text(), board.markdown(tmp_path), board.table()
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert len(board.groups) == len(table) == 100 and '… and 70 more' in text and page.count('run.ipynb') == 600
     assert board.groups[0].settings['lr'] == pytest.approx(1e-3)
 
@@ -278,7 +278,7 @@ def texts(record: Path) -> str:
     return '\n'.join(str(o.get('text', '') or o.get('data', {}).get('text/markdown', '')) for c in cells for o in c.get('outputs', []))
 
 
-def test_compare(trained, tmp_path):
+def test_compare(trained):
     runs = [*trained, invent(trained[0].parent, 'broken', None, status='error')]
     truth = compare(runs)
     assert truth['status'] == 'done', truth['error']
@@ -291,7 +291,8 @@ def test_compare(trained, tmp_path):
     assert '3 runs count, in 2 groups' in shown and '±' in shown and 'caption-nb train' in shown and '`broken`: error' in shown
     assert truth['text'].splitlines()[0].startswith('#  embed_dim')
     with pytest.raises(FileExistsError, match='nothing is ever overwritten'): compare(trained, out)
-    assert compare(trained[:1], tmp_path/'one')['status'] == 'done'
+    alone, = leaderboards(trained[:1])
+    assert len(alone.groups) == 1 and not alone.parameters and alone.label(alone.groups[0]) == f'1. {trained[0].name}'[:47]
     shutil.rmtree(runs[-1])
 
 
