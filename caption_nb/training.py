@@ -7,7 +7,7 @@ __all__ = ['PROGRESS', 'COUNTED', 'default_cache', 'prepare_data', 'prepare_enco
            'prepare_pixels', 'Machine', 'autocast', 'time_step', 'choose_machine', 'Trainer', 'count_targets',
            'memory_hint', 'give_back_memory', 'Interrupted', 'demo_config', 'main']
 
-# %% ../nbs/60_training.ipynb #b3466c77
+# %% ../nbs/60_training.ipynb #2a24d045
 import copy
 import ctypes
 import hashlib
@@ -40,7 +40,7 @@ from .checkpoints import (CheckpointError, CheckpointWriter, RunLock, checkpoint
 from .config import CHANGEABLE, FREE_FIELDS, Config, ConfigError, channel_values, make_decoder
 from .data import CaptionData, load_data
 from .encoders import Encoder, load_weights, make_encoder
-from .features import FeatureStore, default_store_path, extract, load_images
+from .features import FeatureStore, Store, StoreBusy, default_store_path, extract, load_images
 from .images import Augment, ImageStore, default_image_store, store_images
 from .meters import EventFiles, Meter, merge_states
 from .metrics import score
@@ -53,7 +53,7 @@ from .scst import SelfCritical, fragment_share
 from .text import Vocab, tokenize_all
 from .vectors import WordVectors, read_vectors
 
-# %% ../nbs/60_training.ipynb #77b1138a
+# %% ../nbs/60_training.ipynb #c5284582
 def default_cache(config: Config | None = None) -> Path:
     "Where features, decoded photos and drawn scenes are kept"
     if config and config.cache_dir: return Path(config.cache_dir).expanduser()
@@ -85,7 +85,7 @@ def prepare_encoder(config: Config,
     if c.finetune_from >= 0: return encoder.finetune(c.finetune_from)
     return encoder if c.encoder_learns else encoder.freeze()
 
-# %% ../nbs/60_training.ipynb #2a5cbc24
+# %% ../nbs/60_training.ipynb #23eeb021
 def checked_store(path: Path, data: CaptionData, encoder: Encoder, ids: Sequence[str], views: Sequence[str]) -> FeatureStore:
     "The store at `path`, refused unless it has the `views` of all `ids` by this `encoder`; it may hold more"
     store = FeatureStore(path, expect=dict(encoder=encoder.spec))
@@ -96,6 +96,17 @@ def checked_store(path: Path, data: CaptionData, encoder: Encoder, ids: Sequence
     return store
 
 
+def _once(make: Callable[..., Store], *what, quiet: bool, **options) -> Store:
+    "The store that `make` makes of `what`; while another run makes the same one, it is waited for"
+    waiting = False
+    while True:
+        try: return make(*what, quiet=quiet, **options)
+        except StoreBusy as e:
+            if not waiting and not quiet: print(str(e).partition(';')[0] + ': waiting for it', flush=True)
+        waiting = True
+        time.sleep(1)
+
+# %% ../nbs/60_training.ipynb #8d33ea0a
 def prepare_features(config: Config, data: CaptionData, encoder: Encoder, quiet: bool = False) -> FeatureStore:
     "The features of all images of `data`, from the file that `config` names or from the cache; extracted if they are not there"
     ids = [id for split in data.splits.values() for id in split]
@@ -104,7 +115,7 @@ def prepare_features(config: Config, data: CaptionData, encoder: Encoder, quiet:
     else:
         path = Path(config.features).expanduser()
         if path.is_file(): return checked_store(path, data, encoder, ids, views)
-    return extract(data, encoder, path, views=views, quiet=quiet)
+    return _once(extract, data, encoder, path, views=views, quiet=quiet)
 
 
 def prepare_pixels(config: Config, data: CaptionData, encoder: Encoder, quiet: bool = False) -> ImageSource | ImageStore:
@@ -113,9 +124,9 @@ def prepare_pixels(config: Config, data: CaptionData, encoder: Encoder, quiet: b
     if not config.image_store: return ImageSource(ids, load_images(data, ids, encoder, quiet=quiet))
     path = Path(config.image_store).expanduser()
     if config.image_store == 'auto': path = default_image_store(data, encoder.preprocess, default_cache(config)/'images')
-    return store_images(data, encoder.preprocess, path, ids, quiet=quiet)
+    return _once(store_images, data, encoder.preprocess, path, ids, quiet=quiet)
 
-# %% ../nbs/60_training.ipynb #6c07bcec
+# %% ../nbs/60_training.ipynb #962ac3c4
 @dataclass
 class Machine:
     "How steps are computed, and how long a step took in each of the ways tried"
@@ -144,7 +155,7 @@ def time_step(model: CaptionModel, # Trained on nothing: gradients are thrown aw
         model.zero_grad(set_to_none=True)
     return min(times[1:])
 
-# %% ../nbs/60_training.ipynb #90d80b2a
+# %% ../nbs/60_training.ipynb #4c862718
 def choose_machine(config: Config, # `threads` and `precision`: what it fixes is not measured
                    model: CaptionModel, # Not changed
                    batch: Batch, # A typical one, on the model's device
@@ -173,7 +184,7 @@ def choose_machine(config: Config, # `threads` and `precision`: what it fixes is
     finally: torch.set_num_threads(most)
     return Machine(best[1], best[2], seconds)
 
-# %% ../nbs/60_training.ipynb #5da54c80
+# %% ../nbs/60_training.ipynb #7d64da66
 PROGRESS = ('step', 'epoch', 'seconds', 'best', 'best_epoch', 'bad', 'stalled', 'scale', 'stopped')   # of a run, kept in its checkpoints
 
 
@@ -212,7 +223,7 @@ class Trainer:
         "Steps in all"
         return self.config.epochs*self.per_epoch
 
-# %% ../nbs/60_training.ipynb #2f8e9584
+# %% ../nbs/60_training.ipynb #900ca491
 @patch
 def prepare(self: Trainer) -> Trainer:
     "Data, vocabulary, encoder, features, model, optimiser; and the state of the last sound checkpoint, if there is one"
@@ -259,7 +270,7 @@ def _one_after_the_other(self: Trainer) -> Iterator[None]:
     yield
     if self.ranks.main: self.ranks.barrier()
 
-# %% ../nbs/60_training.ipynb #319d67d4
+# %% ../nbs/60_training.ipynb #6b172b9b
 @patch
 def _prepare_sources(self: Trainer, encoder: Encoder, epoch: int):
     "Features as long as the encoder does not learn, pixels from then on"
@@ -304,7 +315,7 @@ def _read_vectors(self: Trainer) -> WordVectors:
     counts = Counter(word for words in tokenize_all(self.data.train_captions(), c.tokenizer) for word in words)
     return read_vectors(c.word_vectors, self.vocab.words, counts, c.seed, self.quiet)
 
-# %% ../nbs/60_training.ipynb #60e6f157
+# %% ../nbs/60_training.ipynb #62ec1bde
 @patch
 def _prepare_batches(self: Trainer):
     c, ranks = self.config, self.ranks
@@ -344,7 +355,7 @@ def _enter_epoch(self: Trainer):
     self.batches.set_epoch(self.epoch)
     self.model.train()
 
-# %% ../nbs/60_training.ipynb #fde363eb
+# %% ../nbs/60_training.ipynb #f54f7730
 @patch
 def state(self: Trainer) -> dict:
     "All that resuming needs besides the weights, as numbers, text and tensors"
@@ -361,7 +372,7 @@ def _fingerprints(self: Trainer) -> dict[str, str]:
     digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
     return dict(data=self.data.fingerprint, vocab=self.vocab.fingerprint, features=digest)
 
-# %% ../nbs/60_training.ipynb #8c1950c2
+# %% ../nbs/60_training.ipynb #c1703323
 @patch
 def save(self: Trainer, name: str, # 'last' or 'best'
          wait: bool = False, # Until it is on the disk
@@ -394,7 +405,7 @@ def _encoder_file(self: Trainer) -> Path:
         atomic_write(path, weight_bytes({f'encoder.{n}': t for n, t in encoder.state_dict().items()}))
     return path
 
-# %% ../nbs/60_training.ipynb #e2b7187c
+# %% ../nbs/60_training.ipynb #fb46a808
 @patch
 def _take_up(self: Trainer, state: dict):
     "Go on where the checkpoint with `state` was written; the weights are there already"
@@ -421,7 +432,7 @@ def _use(self: Trainer, machine: Machine, scaler: dict | None = None):
     self.machine, self.scaler = machine, make_scaler(machine.precision, self.device)
     if scaler: self.scaler.load_state_dict(scaler)
 
-# %% ../nbs/60_training.ipynb #c3187874
+# %% ../nbs/60_training.ipynb #e1400de6
 @patch
 def _changes(self: Trainer, state: dict) -> dict[str, list]: # Field → what it was, what it is
     then, now = state['config'], self.config.to_dict()
@@ -438,7 +449,7 @@ def _check_same(self: Trainer, state: dict):
     if other: raise ConfigError(f'{self.run} cannot be continued with this configuration: {"; ".join(other)}. '
                                 'Change it back, or start a new run (--from takes over the weights)')
 
-# %% ../nbs/60_training.ipynb #7f23d45f
+# %% ../nbs/60_training.ipynb #da395fae
 COUNTED = {'words': 0, 'concepts': 2, 'scst': 2}   # what a part of the loss is a mean over: words, captions (the others) or images
 
 
@@ -469,7 +480,7 @@ def _parts(self: Trainer, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Te
     parts = self.model.parts(batch, c.label_smoothing, self.vocab.pad_id, own)
     return parts, dict(loss=parts['words'].detach())
 
-# %% ../nbs/60_training.ipynb #bb5c149c
+# %% ../nbs/60_training.ipynb #734384cf
 @patch
 def train_step(self: Trainer, batches: Sequence[Batch]): # One, or as many as are accumulated; a rank's share may be empty
     "Forward, backward and update on the captions of all `batches`"
@@ -506,7 +517,7 @@ def train_step(self: Trainer, batches: Sequence[Batch]): # One, or as many as ar
     self.tick = now
     if self.step % c.log_every == 0: self.log_steps()
 
-# %% ../nbs/60_training.ipynb #5c039f6d
+# %% ../nbs/60_training.ipynb #a0c7225d
 @patch
 def _sum_over_ranks(self: Trainer, logged: dict[str, Tensor | float]) -> dict[str, Tensor | float]:
     "Sum gradients, and the numbers in `logged`, over the ranks"
@@ -545,7 +556,7 @@ def memory_hint(config: Config) -> Iterator[None]:
                           f'image_size, precision=\'bf16\'; eval_beam ({config.eval_beam}) if it happened at an evaluation. What was saved '
                           f'is not lost. ({str(e).splitlines()[0][:200]})') from e
 
-# %% ../nbs/60_training.ipynb #a2074dc1
+# %% ../nbs/60_training.ipynb #30c53fe9
 @patch
 def _settle(self: Trainer):
     "Turn what is known of the last steps into plain numbers, and see that they are numbers"
@@ -582,7 +593,7 @@ def log(self: Trainer, **values):
         self.events = self.events or EventFiles(self.run/'events', self.begun)
         self.events.write(row)
 
-# %% ../nbs/60_training.ipynb #febeb556
+# %% ../nbs/60_training.ipynb #9855f2e5
 @patch
 def end_epoch(self: Trainer):
     "Log, score the dev split, keep the best, write the checkpoint"
@@ -619,7 +630,7 @@ def give_back_memory():
     try: ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError, TypeError): pass   # not glibc
 
-# %% ../nbs/60_training.ipynb #4c526c3d
+# %% ../nbs/60_training.ipynb #51c851a2
 @patch
 def _captions_of(self: Trainer, model: CaptionModel, ids: Sequence[str], width: int, attention: bool = False) -> dict: # Id → Hypothesis
     "The captions of `ids`, each rank writing a share of them; every rank gets all"
@@ -658,7 +669,7 @@ def judge(self: Trainer, value: float, # Higher is better
     if c.schedule == 'plateau' and self.stalled > c.plateau_patience: self.scale, self.stalled = max(self.scale*c.plateau_factor, c.lr_floor), 0
     self.stopped = bool(c.patience) and self.bad >= c.patience
 
-# %% ../nbs/60_training.ipynb #af654927
+# %% ../nbs/60_training.ipynb #260022cf
 class Interrupted(Exception):
     "Somebody wants the run to stop; its state is as at the last step"
 
@@ -697,7 +708,7 @@ def _begin(self: Trainer):
     if self.machine.threads: torch.set_num_threads(self.machine.threads)
     self.save('last')
 
-# %% ../nbs/60_training.ipynb #3ed991a9
+# %% ../nbs/60_training.ipynb #1d654e1f
 @patch
 def _loop(self: Trainer, show: Callable):
     c, saved, shown = self.config, time.monotonic(), time.monotonic()
@@ -737,7 +748,7 @@ def _grant(self: Trainer, saved: float) -> float: # Time of the latest checkpoin
     self.save('last')
     return time.monotonic()
 
-# %% ../nbs/60_training.ipynb #e847b569
+# %% ../nbs/60_training.ipynb #713de2cc
 @patch
 def _groups(self: Trainer, show: Callable) -> Iterator[list[Batch]]:
     "The batches of each step, epoch after epoch"
@@ -758,7 +769,7 @@ def status(self: Trainer) -> str:
     dev = f', dev {self.config.monitor} {abs(self.best):.3f} (epoch {self.best_epoch})' if self.best > -math.inf else ''
     return f'epoch {min(self.epoch + 1, self.config.epochs)}/{self.config.epochs}{loss}{dev}'
 
-# %% ../nbs/60_training.ipynb #697eb8ba
+# %% ../nbs/60_training.ipynb #bfa2a9da
 @patch
 def _sample_batch(self: Trainer) -> Batch:
     batches = copy.copy(self.batches)   # a copy: the place in the order stays what it is
@@ -800,7 +811,7 @@ def _loop_settings(self: Trainer) -> Iterator[None]:
         torch.use_deterministic_algorithms(deterministic)
         for s, handler in before.items(): signal.signal(s, handler)
 
-# %% ../nbs/60_training.ipynb #776aac59
+# %% ../nbs/60_training.ipynb #1dd650d6
 @patch
 def _fit_by_ranks(self: Trainer, show: Callable) -> list[dict]:
     "Start the ranks, follow them to the end, and take up what they have learnt"
@@ -822,7 +833,7 @@ def _fit_by_ranks(self: Trainer, show: Callable) -> list[dict]:
     self.ready = False
     return self.history
 
-# %% ../nbs/60_training.ipynb #5cb523ee
+# %% ../nbs/60_training.ipynb #efa40e8c
 @patch
 def evaluate(self: Trainer, split: str = 'dev', # Which split
              width: int | None = None, # Beam width; None takes the configuration's
@@ -854,7 +865,7 @@ def _write_results(self: Trainer, result: Evaluation):
     if self.critic: results['reward'] = self.critic.signature
     atomic_write(path, json.dumps(results, indent=1) + '\n')
 
-# %% ../nbs/60_training.ipynb #8d3ba3c7
+# %% ../nbs/60_training.ipynb #d2021189
 def demo_config(**changes, # Fields to set otherwise
                 ) -> Config:
     "The configuration of the demo: 2,000 drawn scenes, a small encoder trained jointly"
@@ -864,7 +875,7 @@ def demo_config(**changes, # Fields to set otherwise
                 threads=1)   # its operations are so small that a second thread mostly waits
     return Config.from_dict(demo | changes)
 
-# %% ../nbs/60_training.ipynb #4bdd2afd
+# %% ../nbs/60_training.ipynb #0a3a00d5
 def main(arguments: Sequence[str] | None = None) -> int:
     "`python -m caption_nb.training RUN`: train the run folder's config.json to the end and evaluate on dev; one rank, or all of them"
     arguments = sys.argv[1:] if arguments is None else list(arguments)

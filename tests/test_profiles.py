@@ -505,4 +505,3 @@ def test_slurm_and_the_script_requeue_at_once(cluster, tmp_path):
     cluster.run('scontrol', 'requeue', str(job))
     cluster.wait(job, timeout=60)
     assert lines(tmp_path/'said') == ['run', 'run'] and cluster.info(job)['Restarts'] == '1'
-    print((tmp_path/f'log-{job}').read_text())
