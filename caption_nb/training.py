@@ -76,8 +76,9 @@ def prepare_data(config: Config, # Fields of the data group, `image_size` and `c
 def prepare_encoder(config: Config,
                     start: Path | None = None, # Checkpoint whose encoder is taken in place of the one that `config` names
                     ) -> Encoder:
-    "The encoder that `config` names: frozen, or learning as far as it says"
+    "The encoder that `config` names: frozen, or learning as far as it says; random weights are those of its seed"
     c = config
+    torch.manual_seed(c.seed)
     if start: encoder = load_encoder(start)
     else: encoder = make_encoder(c.encoder, c.encoder_weights, c.encoder_stage, c.encoder_pool, image_size=c.image_size or None,
                                  pad_type=c.encoder_pad_type or None, mean=channel_values(c.encoder_mean), std=channel_values(c.encoder_std))
@@ -240,7 +241,6 @@ def prepare(self: Trainer) -> Trainer:
             self.vocab = Vocab.build(self.data.train_captions(), c.min_freq, c.top_k or None, c.tokenizer)
             self.features = self.pixels = None
             if state: self._check_same(state)
-            torch.manual_seed(c.seed)
             start = last or (find_checkpoint(c.from_run) if c.from_run else None)
             encoder = prepare_encoder(c, start)
             self._prepare_sources(encoder, state['epoch'] if state else 0)

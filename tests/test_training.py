@@ -379,3 +379,16 @@ def test_models_of_other_encoders_and_decoders_vote(frozen, cache, tmp_path):
     other = Trainer(tiny(cache, num_images=20, epochs=1, min_freq=3), tmp_path/'other', quiet=True)
     other.fit()
     with pytest.raises(ValueError, match=r'other has another vocabulary \(\d+ words\) than .*gru'): Captioner.load([second.run, other.run])
+
+
+def test_runs_that_start_together_make_their_features_once(tmp_path):
+    "Three processes want the same store at the same moment: one encodes, the others wait for it"
+    code = ('from caption_nb.config import Config; from caption_nb.training import *; c = Config.from_dict(%r); '
+            'print(prepare_features(c, prepare_data(c), prepare_encoder(c)).path)')
+    config = dict(encoder='mobilenetv2_050', encoder_weights='random', num_images=48, image_size=64, cache_dir=str(tmp_path))
+    training.prepare_data(Config.from_dict(config), quiet=True)
+    starts = [subprocess.Popen([sys.executable, '-c', code % config], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [p.communicate() for p in starts]
+    assert [p.returncode for p in starts] == [0]*3, said
+    assert len({out.splitlines()[-1] for out, _ in said}) == 1
+    assert sum('encoding' in err for _, err in said) == 1 and len([*tmp_path.glob('features/*')]) == 1
