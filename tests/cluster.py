@@ -225,8 +225,9 @@ class Cluster:
         self.run('mariadb', *client, '-e', 'CREATE DATABASE IF NOT EXISTS slurm_acct_db')
         secret(b/'etc'/'slurmdbd.conf', '\n'.join([
             'AuthType=auth/munge', f'AuthInfo=socket={b}/run/munge.socket', 'DbdHost=localhost', 'DbdAddr=127.0.0.1',
-            f'DbdPort={self.dbd_port}', 'SlurmUser=root', f'LogFile={b}/log/slurmdbd.log', f'PidFile={b}/run/slurmdbd.pid', 'CommunicationParameters=NoInAddrAny',
-            'StorageType=accounting_storage/mysql', 'StorageHost=localhost', 'StorageLoc=slurm_acct_db', 'StorageUser=root', '']).encode())
+            f'DbdPort={self.dbd_port}', 'SlurmUser=root', f'LogFile={b}/log/slurmdbd.log', f'PidFile={b}/run/slurmdbd.pid',
+            'CommunicationParameters=NoInAddrAny', 'StorageType=accounting_storage/mysql', 'StorageHost=localhost',
+            'StorageLoc=slurm_acct_db', 'StorageUser=root', '']).encode())
         self.daemon('slurmdbd', '-D', env=dict(MYSQL_UNIX_PORT=str(at)))   # where libmariadb looks for "localhost"
         until(lambda: self.answers('sacctmgr', '-n', 'show', 'cluster'), 30, lambda: self.said('slurmdbd'))
         for words in (['cluster', 'test'], ['account', 'default', 'cluster=test'], ['user', 'root', 'account=default', 'cluster=test']):
