@@ -558,3 +558,44 @@ def test_progress_is_read_without_torch(tmp_path):
         assert progress(tmp_path) == [step, 1]
     code = f'import sys; from caption_nb.jobs import progress; progress({str(tmp_path)!r}); sys.exit("torch" in sys.modules)'
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0
+
+
+# in a real SLURM
+
+ONCE_MORE = '''import pathlib, time
+again = pathlib.Path(run_dir, 'attempt-2.ipynb').exists()
+pathlib.Path(run_dir, 'begun').touch()
+with open(pathlib.Path(run_dir, 'metrics.jsonl'), 'a') as f: print('{"dev": {}}', file=f)
+if not again: time.sleep(600)'''
+
+
+def test_ends_in_slurm(tmp_path, cluster):
+    "Five jobs, each ended otherwise while its first attempt runs: the reasons are right, and all but the cancelled one are done in the end"
+    from caption_nb.profiles import Profile, batch_script
+    ways = ('scancel', 'requeue', 'driver', 'kernel', 'warned')
+    profile, code = Profile(name='x', partition='debug', cpus=1, memory='500M', time='10:00'), Path(jobs.__file__).parent.parent
+    ids, run_folders = {}, {way: tmp_path/way/'run-0' for way in ways}
+    for way in ways:
+        job = make_job(tmp_path/way, ONCE_MORE, **profile.to_dict())
+        words = ['-m', 'caption_nb.jobs', job, 'train', '0']
+        script = batch_script(profile, way, words, [*words[:2], '--close', *words[2:]], job/'log-%j.txt', code, tmp_path)
+        (job/'train.sh').write_text(script)
+        ids[way] = slurm.submit(job/'train.sh')
+    for run in run_folders.values(): wait_for((run/'begun').exists, 120)
+    time.sleep(1)
+    driver = {way: status(run)['pid'] for way, run in run_folders.items()}
+    cluster.run('scancel', ids['scancel'])
+    cluster.run('scontrol', 'requeue', ids['requeue'])
+    cluster.run('scancel', '-b', '-s', 'USR2', ids['warned'])   # as SLURM warns
+    kernel = subprocess.run(['pgrep', '-P', str(driver['kernel'])], capture_output=True, text=True).stdout.split()[0]
+    os.kill(int(kernel), signal.SIGKILL)
+    os.kill(driver['driver'], signal.SIGKILL)
+    def said(way): return ''.join(p.read_text() for p in (tmp_path/way/'job').glob('log-*'))
+    for way in ways: cluster.wait(ids[way], 'CANCELLED' if way == 'scancel' else 'COMPLETED', 120)
+    first = {way: status(run)['attempts'][0] for way, run in run_folders.items()}
+    assert {way: a['reason'] for way, a in first.items()} == dict(
+        scancel='cancelled', requeue='requeued', driver='papermill killed', kernel='kernel killed', warned='preempted'), said('warned')
+    assert [len(status(run)['attempts']) for run in run_folders.values()] == [1, 2, 2, 2, 2]
+    for way, run in run_folders.items():
+        check_records(run)
+        assert status(run)['status'] == ('interrupted' if way == 'scancel' else 'done'), said(way)
