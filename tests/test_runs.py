@@ -258,6 +258,48 @@ def test_killed_launcher_leaves_what_was_printed(tmp_path):
     while subprocess.run(['pgrep', '-f', str(run)], capture_output=True).stdout and time.monotonic() < wait_for_end: time.sleep(0.2)
 
 
+def test_a_kernel_that_does_not_start_gets_another_chance(tmp_path, monkeypatch):
+    run, made = tmp_path/'run', []
+    run.mkdir()
+    class Shaky(runs._Kernel):
+        def __init__(self, log):
+            super().__init__(log)
+            made.append(self)
+            if len(made) < 3: self.send(signal.SIGKILL)
+    monkeypatch.setattr(runs, '_Kernel', Shaky)
+    truth = execute(notebook(tmp_path, 'print(x)'), run)
+    assert (truth['status'], truth['reason'], len(made)) == ('done', 'done', 3) and latest(run).cells[-1].outputs[0].text == '1\n'
+    assert all(k.process.poll() is not None and not k.sockets.exists() for k in made)
+
+
+def test_signs_of_life_of_a_silent_cell(tmp_path, monkeypatch):
+    run = tmp_path/'run'
+    run.mkdir()
+    monkeypatch.setattr(runs, 'HEARTBEAT', 0.5)
+    truth = execute(notebook(tmp_path, 'import os, time; p = "RUN/attempt-1.ipynb"; time.sleep(2); a = os.stat(p).st_mtime; time.sleep(2); '
+                             'print(os.stat(p).st_mtime > a)'.replace('RUN', str(run))), run)
+    assert truth['status'] == 'done' and latest(run).cells[-1].outputs[0].text == 'True\n'
+
+
+def test_forms_are_read_without_papermill(tmp_path):
+    import papermill
+    for path in runs.experiments_folder().glob('*.ipynb'):
+        theirs = {name: p['default'] for name, p in papermill.inspect_notebook(str(path)).items()}
+        assert notebook_parameters(path) == theirs
+    (tmp_path/'no.ipynb').write_text('{}')
+    with pytest.raises(ValueError, match='is not a notebook of format 4'): notebook_parameters(tmp_path/'no.ipynb')
+
+
+def test_an_older_attempt_does_not_take_the_link_back(tmp_path):
+    records = [runs.Record(tmp_path, n) for n in (1, 2)]
+    for record in (records[1], records[0]):
+        record.nb = new_notebook()
+        record.save(); record.write_status()
+    assert os.readlink(tmp_path/'run.ipynb') == 'attempt-2.ipynb'
+    status = json.loads((tmp_path/'status.json').read_text())
+    assert status['attempt'] == 2 and [a['attempt'] for a in status['attempts']] == [1, 2]
+
+
 def test_a_crash_leaves_its_last_words(tmp_path):
     run = tmp_path/'run'
     run.mkdir()
