@@ -138,8 +138,9 @@ class Cluster:
     def __init__(self, base: Path, accounting: bool = False, nodes: int = 2, gpus: int = 2, send_user_signal: bool = True,
                  kill_wait: int = 5, # Seconds between TERM and KILL
                  grace: int = 8,     # Seconds between a preemption and TERM, in debug and low
+                 hidden: Path | None = None, # A folder that the nodes do not see
                  **settings): # More lines of slurm.conf, or others: MaxArraySize=9
-        self.base, self.accounting, self.gpus, self.grace = Path(base).resolve(), accounting, gpus, grace
+        self.base, self.accounting, self.gpus, self.grace, self.hidden = Path(base).resolve(), accounting, gpus, grace, hidden
         self.nodes = [f'n{i}' for i in range(1, nodes + 1)]
         warned = dict(SlurmctldParameters='preempt_send_user_signal') if send_user_signal else {}
         self.crashed: dict[str, float] = {}   # node → when
@@ -241,6 +242,7 @@ class Cluster:
     def daemon(self, name: str, *arguments: str, program: str = '', env: dict[str, str] | None = None):
         "Start a daemon, which dies with this process; what it prints goes to log/NAME.out"
         command = [f'/usr/sbin/{program or name}', *map(str, arguments)]
+        if self.hidden and program == 'slurmd': command = ['unshare', '-m', 'sh', '-c', 'mount -t tmpfs none "$0" && exec "$@"', str(self.hidden), *command]
         env = {k: v for k, v in os.environ.items() if not k.startswith('SLURM')} | self.env | (env or {})
         with open(self.base/'log'/f'{name}.out', 'ab') as out:
             self.daemons[name] = subprocess.Popen(['setpriv', '--pdeathsig', 'KILL', '--', *command], stdin=subprocess.DEVNULL,
