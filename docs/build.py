@@ -53,7 +53,7 @@ def notebook_module(notebook: NotebookNode) -> str:
 
 
 def find_pages() -> list[Page]:
-    "The home page, the modules in order, the tutorials, and the two documents about the project"
+    "The home page, the modules in order, the tutorials, the guide to clusters, and the two documents about the project"
     pages = [Page(Path('index.ipynb'), 'index')]
     for path in sorted((ROOT/'nbs').glob('[0-9]*.ipynb')):
         module = notebook_module(nbformat.read(path, 4))
@@ -61,6 +61,7 @@ def find_pages() -> list[Page]:
         pages.append(Page(path.relative_to(ROOT), name, f'{PACKAGE}.{module}' if module else ''))
     for path in sorted((ROOT/'nbs'/'tutorials').glob('[!_.]*.ipynb')):
         pages.append(Page(path.relative_to(ROOT), f'tutorials/{path.stem}'))
+    pages += [Page(Path('slurm/README.md'), 'tutorials/from_ssh_to_results')]
     pages += [Page(Path('CONTRIBUTING.md'), 'contributing'), Page(Path('CHANGELOG.md'), 'changelog')]
     return pages
 

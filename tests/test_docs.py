@@ -1,9 +1,13 @@
 """The documentation site, built without Quarto and looked at in a real browser."""
 import os
 import re
+import shlex
 import subprocess
 import sys
+from dataclasses import fields
+from functools import cache
 from html.parser import HTMLParser
+from itertools import takewhile
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -55,6 +59,91 @@ def test_front_matter_becomes_a_title():
 def test_reference_entries_have_tables():
     entry = build.symbol_entry('caption_nb.basics.nearest', 3)
     assert '(caption_nb.basics.nearest)=\n### nearest' in entry and '| `name` | `str` | What was written |' in entry and '**returns**' in entry
+
+
+# ---- the guide to clusters --------------------------------------------------------------------------------------
+
+GUIDE = (ROOT/'slurm'/'README.md').read_text('utf-8')
+BLOCK = re.compile(r'^```(\w*)\n(.*?)^```$', re.M | re.S)
+
+
+def guide_commands() -> list[list[str]]:
+    "The words of every command line of `caption-nb` in the guide, its tutorial and on the home page"
+    found = []
+    for name in ('nbs/tutorials/on_a_cluster.ipynb', 'index.ipynb'):
+        for cell in nbformat.read(ROOT/name, 4).cells:
+            if cell.cell_type == 'code': found += re.findall(r"caption_nb\(f?'([^']+)'\)", cell.source)
+    texts = [GUIDE, *(c.source for n in ('nbs/tutorials/on_a_cluster.ipynb', 'index.ipynb') for c in nbformat.read(ROOT/n, 4).cells if c.cell_type == 'markdown')]
+    for text in texts:
+        lines = [line for kind, block in BLOCK.findall(text) if kind in ('sh', 'bash') for line in block.replace('\\\n', ' ').splitlines()]
+        lines += re.findall(r'`(caption-nb [^`]+)`', BLOCK.sub('', text))
+        found += [line.removeprefix('caption-nb ') for line in lines if line.startswith('caption-nb ')]
+    return [shlex.split(re.sub(r'<[^>]*>', 'RUN', line), comments=True) for line in found]
+
+
+@cache
+def flags_of(command: str) -> set[str]:
+    "What `caption-nb COMMAND --help` offers"
+    code = f'import sys; from caption_nb.cli import main; sys.exit(main([{command!r}, "--help"]))'
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, env=os.environ | dict(COLUMNS='200'))
+    assert done.returncode == 0, done.stderr
+    return {*re.findall(r'--[a-z][a-z-]*', done.stdout)}
+
+
+def test_commands_of_the_guide_exist(monkeypatch, tmp_path):
+    monkeypatch.setenv('XDG_CONFIG_HOME', str(tmp_path))
+    from caption_nb.cli import COMMANDS
+    from caption_nb.config import presets
+    from caption_nb.jobs import STEPS
+    from caption_nb.profiles import profiles
+    lines = guide_commands()
+    assert len(lines) > 30 and {words[0] for words in lines} >= {'submit', 'sweep', 'status', 'follow', 'cancel', 'evaluate', 'compare', 'pull'}
+    for command, *words in lines:
+        assert command in COMMANDS, command
+        flags, values = {word for word in words if word.startswith('-')}, dict(zip(words, words[1:]))
+        assert flags - {'--help'} <= flags_of(command), f'caption-nb {command}: no {flags - flags_of(command)}'
+        if command == 'submit': assert all(word in STEPS for word in takewhile(lambda w: w not in flags, words)), words
+        if (profile := values.get('--profile', '{')) and profile[0] != '{': assert profile in profiles(), profile
+        if preset := values.get('--preset', '').replace('NAME', ''): assert preset in presets(), preset
+
+
+def first_column(head: str) -> list[list[str]]:
+    "The rows of the table of the guide that begins with `head`: names in the first cell, then the other cells"
+    rows = GUIDE.split(head, 1)[1].split('\n\n')[0].splitlines()[2:]
+    cells = [[cell.strip() for cell in re.split(r'(?<!\\)\|', row.strip('|'))] for row in rows]
+    return [[re.findall(r'`([^`]+)`', first), *rest] for first, *rest in cells]
+
+
+def test_guide_has_every_key():
+    from caption_nb.profiles import Profile, slurm_folder
+    from caption_nb.sweeps import KEYS
+    try: import tomllib
+    except ModuleNotFoundError: import tomli as tomllib
+    rows = first_column('| key | default | meaning |')
+    assert [name for names, *_ in rows for name in names] == [f.name for f in fields(Profile)]
+    usual = {k: list(v) if isinstance(v, tuple) else v for k, v in Profile().to_dict().items()}
+    assert {names[0]: tomllib.loads('x = ' + default.strip('`'))['x'] for names, default, _ in rows} == usual
+    assert {name for names, *_ in first_column('| key of the page | meaning |') for name in names} == {*KEYS}
+    shipped = {re.match(r'\w[\w-]*', names[0])[0] for names, *_ in first_column('| profile | for |')}
+    assert shipped == {p.stem for p in (slurm_folder()/'profiles').glob('*.toml')}
+
+
+def test_guide_tells_what_starts_again():
+    from caption_nb.jobs import AGAIN, KILLED
+    from caption_nb.runs import _REASONS
+    rows = {reason.strip('`'): again for _, _, reason, again in first_column('| event | what the run does |')}
+    assert {*rows} >= {*_REASONS, *AGAIN, *KILLED, 'done', 'error'}
+    for reason, again in rows.items(): assert again.startswith('yes') == (reason in (*AGAIN, *KILLED, 'requeued', 'node failed')), reason
+
+
+def test_examples_of_the_guide_can_be_read(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    from caption_nb.profiles import load_profile
+    from caption_nb.sweeps import read_sweep
+    examples = {kind: text for kind, text in BLOCK.findall(GUIDE) if kind in ('toml', 'yaml')}
+    for kind, text in examples.items(): (tmp_path/f'lr.{kind}').write_text(text)
+    assert load_profile(str(tmp_path/'lr.toml')).env == dict(HF_HOME='/shared/me/huggingface')
+    assert len(read_sweep(tmp_path/'lr.yaml')) == 15
 
 
 # ---- the site ---------------------------------------------------------------------------------------------------
