@@ -259,7 +259,7 @@ def test_a_slow_answer_delays_nothing(tmp_path, fake):
 
 def test_signals_at_any_moment(tmp_path, fake):
     rng, found = random.Random(0), []
-    job = make_job(tmp_path, *['import time; time.sleep(0.1)']*20)
+    job = make_job(tmp_path, *['import time; time.sleep(0.1)']*60)   # longer than the latest signal takes to come
     for i in range(6):
         with open(run_in(tmp_path)/'metrics.jsonl', 'a') as f: f.write('{"dev": {}}\n')   # it gets on
         process = start(job)
