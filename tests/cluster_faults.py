@@ -388,10 +388,18 @@ class Case:
 
 # ---- the campaign -----------------------------------------------------------------------------------------------
 
-def plan(number: int, rng: random.Random) -> list[tuple[str, str]]: # Fault, moment
-    "At least `number` faults: each while training and at another moment, then more; those that take long first"
-    pairs = [(name, at) for name, kind in KINDS.items() for at in ('training', rng.choice(kind.others))]
-    while len(pairs) < number: pairs.append((name := rng.choice(list(KINDS)), rng.choice(KINDS[name].others)))
+def small_disks() -> bool:
+    "May we mount one?"
+    with tempfile.TemporaryDirectory() as folder:
+        if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'caption_nb', folder], capture_output=True).returncode: return False
+        subprocess.run(['umount', folder], check=True)
+    return True
+
+
+def plan(number: int, rng: random.Random, kinds: list[str]) -> list[tuple[str, str]]: # Fault, moment
+    "At least `number` faults: each of `kinds` while training and at another moment, then more; those that take long first"
+    pairs = [(name, at) for name in kinds for at in ('training', rng.choice(KINDS[name].others))]
+    while len(pairs) < number: pairs.append((name := rng.choice(kinds), rng.choice(KINDS[name].others)))
     return sorted(pairs, key=lambda pair: not pair[0].startswith(('time', 'pre', 'node')))
 
 
@@ -409,7 +417,7 @@ class Campaign:
             for cluster in clusters: stack.enter_context(cluster)
             stack.callback(self.over.set)
             threading.Thread(target=self.watch, daemon=True).start()
-            lanes = [threading.Thread(target=self.lane, args=(c, i % 2 == 0, todo)) for i, c in enumerate(clusters)]
+            lanes = [threading.Thread(target=self.lane, args=(c, i % 2 == 0, todo), daemon=True) for i, c in enumerate(clusters)]
             for lane in lanes: lane.start()
             for lane in lanes: lane.join()
         self.cases.sort(key=lambda case: case.number)
@@ -464,8 +472,11 @@ def main():
     parser.add_argument('--lanes', type=int, default=4, help='clusters, and runs at a time')
     parser.add_argument('--only', nargs=2, metavar=('FAULT', 'MOMENT'), help='this one')
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # with the clusters stopped
     folder = Path(tempfile.mkdtemp(prefix='cluster-faults-', dir='/tmp'))
-    start, pairs = time.monotonic(), [tuple(args.only)] if args.only else plan(args.faults, random.Random(args.seed))
+    start, kinds = time.monotonic(), [name for name in KINDS if name != 'disk full' or small_disks()]
+    if len(kinds) < len(KINDS): print('left out: disk full, because nothing can be mounted here')
+    pairs = [tuple(args.only)] if args.only else plan(args.faults, random.Random(args.seed), kinds)
     cases = Campaign(folder, args.seed, args.lanes, functools.partial(print, flush=True)).run(pairs)
     print(f'{table(cases)}\n{len(cases) - 1} faults, seed {args.seed}, {time.monotonic() - start:.0f} s')
     if bad := failures(cases): sys.exit(f'{bad}\nkept: {folder}')
