@@ -238,6 +238,7 @@ def clean_outputs(cell: NotebookNode):
         if output.output_type == 'error': output.traceback = [ansi.sub('', line) for line in output.traceback]
         data = output.get('data', {})
         data.pop('application/vnd.jupyter.widget-view+json', None)
+        if text := data.get('text/markdown'): data['text/markdown'] = re.sub(r'(?<!!)\[([^\]]+)\]\((?![a-z]+:|#)[^)]*\)', r'\1', ''.join(text))   # to files of a run
         if output.output_type in ('display_data', 'execute_result') and not data: continue
         kept.append(output)
     cell.outputs = kept

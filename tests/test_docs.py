@@ -52,6 +52,13 @@ def test_cells_become_what_a_page_shows():
     assert '#|' not in shown('#| eval: false\nx')[0].source
 
 
+def test_outputs_link_to_no_files_of_runs():
+    text = '[a](../run/run.ipynb) [w](https://x.org) [h](#here) ![p](figures/a.png)'
+    cell = nbformat.v4.new_code_cell('x', outputs=[nbformat.v4.new_output('display_data', {'text/markdown': text})])
+    build.clean_outputs(cell)
+    assert cell.outputs[0].data['text/markdown'] == text.replace('[a](../run/run.ipynb)', 'a')
+
+
 def test_front_matter_becomes_a_title():
     assert build.front_matter('---\ntitle: A page\ndescription: "what it is"\nskip_exec: true\n---') == '# A page\n\n> what it is'
 
