@@ -231,3 +231,16 @@ def test_grounding_refuses_what_does_not_fit(scenes):
 def test_plot_scene(scenes, tmp_path):
     plot_scene(scenes, scenes.images[7]).savefig(tmp_path/'s.png')
     with pytest.raises(ValueError, match="did you mean '00007.png'"): plot_scene(scenes, '00007.jpg')
+
+
+def test_runs_that_start_together_share_a_folder(tmp_path, monkeypatch):
+    "Whoever finds pictures finds what they are, too"
+    import caption_nb.scenes as module
+    real, folder = module.atomic_write, tmp_path/'scenes'
+    def write(path, content):
+        assert not (folder/'images').exists()
+        monkeypatch.undo()
+        make_scenes(folder, 5, 64, quiet=True)   # another run, which is faster
+        return real(path, content)
+    monkeypatch.setattr(module, 'atomic_write', write)
+    assert len(make_scenes(folder, 5, 64, quiet=True).images) == 5
