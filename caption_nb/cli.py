@@ -7,7 +7,7 @@ __all__ = ['RUNS_DIR', 'COMMANDS', 'parse_config', 'launch', 'report', 'train', 
            'find_checkpoint_folder', 'caption_photos', 'extract', 'check', 'watch', 'submit', 'sweep', 'status',
            'follow', 'cancel', 'evaluate', 'compare', 'pull', 'usage', 'main']
 
-# %% ../nbs/90_cli.ipynb #ad62b06e
+# %% ../nbs/90_cli.ipynb #d2d26fce
 import dataclasses
 import json
 import os
@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 from .basics import atomic_write, human_time, nearest
 from .monitor import GOING, MetricsTail, Page, watch_page
 from .progress import Follow, readable
-from .runs import Run, execute, experiment, find_run, list_runs, new_run, reproduce_command, score_lines, write_summary
+from .runs import Run, continue_command, execute, experiment, find_run, list_runs, new_run, reproduce_command, score_lines, write_summary
 from .slurm import BUSY, SlurmError
 
-# %% ../nbs/90_cli.ipynb #dc9e89a6
+# %% ../nbs/90_cli.ipynb #b6156a63
 if TYPE_CHECKING: from caption_nb.config import Config
 
-# %% ../nbs/90_cli.ipynb #4bdda118
+# %% ../nbs/90_cli.ipynb #217a8ac9
 def _group_class(group: str, fields: list[dataclasses.Field], values: dict[str, Any]) -> type:
     "A dataclass of the `fields` of one group, which tyro shows under one heading"
     import tyro
@@ -60,7 +60,7 @@ def _flags_class(config: 'Config', # The defaults
 
 
 
-# %% ../nbs/90_cli.ipynb #84274d27
+# %% ../nbs/90_cli.ipynb #b93fc346
 def parse_config(argv: list[str], # Words of the command line after the command
                  command: str = 'train', # For the help page
                  doc: str = '', # What the command does
@@ -78,7 +78,7 @@ def parse_config(argv: list[str], # Words of the command line after the command
     values = {k: v for group, part in found.items() if group in GROUPS for k, v in part.items()}
     return Config.from_dict(dataclasses.asdict(config) | values), {k: v for k, v in found.items() if k not in GROUPS}
 
-# %% ../nbs/90_cli.ipynb #14dad363
+# %% ../nbs/90_cli.ipynb #56e7c7a8
 def launch(config: 'Config', # What to run
            run_dir: str = '', # Exactly this folder, which must not exist; default: a new one in config.runs_dir
            quiet: bool = False, # Show no progress
@@ -108,10 +108,10 @@ def report(run: Path, # Run folder
     error = truth['error'] or {}
     what = f'{truth["status"]} by {truth["signal"]}' if truth['signal'] else truth['status']
     if error and truth['status'] != 'interrupted': what += f': {error.get("type")}: {error.get("message")}'
-    print(f'{what}\nrecord: {record}\ncontinue with: caption-nb train --resume {shlex.quote(str(run))}', file=sys.stderr)
+    print(f'{what}\nrecord: {record}\ncontinue with: {continue_command(run)}', file=sys.stderr)
     return 128 + signal.Signals[truth['signal']] if truth['signal'] else 130 if truth['status'] == 'interrupted' else 1
 
-# %% ../nbs/90_cli.ipynb #7110f60a
+# %% ../nbs/90_cli.ipynb #8785de10
 def _resumed(argv: list[str], config: 'Config', extra: list[tuple], doc: str) -> 'Config':
     "The configuration of the run that `config.resume` names, with flags that leave it the same experiment"
     from caption_nb.config import CHANGEABLE, Config
@@ -130,7 +130,7 @@ def _run_dir() -> tuple:
     text = 'Exactly this run folder, which must not exist; otherwise a new one in --runs-dir gets a name of its own.'
     return ('run_dir', Annotated[str, tyro.conf.arg(help=text)], dataclasses.field(default=''))
 
-# %% ../nbs/90_cli.ipynb #402e880a
+# %% ../nbs/90_cli.ipynb #e7c9d2d0
 def _preset() -> tuple:
     import tyro
     text = 'A preset (see caption-nb presets) or a YAML file, whose values the other flags change.'
@@ -170,7 +170,7 @@ def _base(argv: list[str]) -> tuple[list[str], 'Config | None']:
     stage = _given(argv, '--stage', 'xe')
     return argv, follow_up(load_preset(preset) if preset else Config.load(folder/'config.json'), folder, stage if stage == 'scst' else 'xe')
 
-# %% ../nbs/90_cli.ipynb #6f0ede63
+# %% ../nbs/90_cli.ipynb #a5b03962
 def train(argv: list[str]) -> int:
     "Train a captioner, caption and score the held-out photos, and record it all in a run folder."
     argv, base = _base(argv)
@@ -188,7 +188,7 @@ def demo(argv: list[str]) -> int:
     config, extra = parse_config(argv, 'demo', demo.__doc__, default=demo_config(), extra=[_run_dir()])
     return launch(config, extra['run_dir'])
 
-# %% ../nbs/90_cli.ipynb #b3bca942
+# %% ../nbs/90_cli.ipynb #b911c6f0
 def presets(argv: list[str]) -> int:
     "List the configurations that are shipped, for train --preset NAME."
     import tyro
@@ -234,7 +234,7 @@ def _caption_arguments(argv: list[str]) -> dict[str, Any]:
         return dict(locals())
     return tyro.cli(arguments, prog='caption-nb caption', description=caption.__doc__, args=argv)
 
-# %% ../nbs/90_cli.ipynb #f861b743
+# %% ../nbs/90_cli.ipynb #e52159b7
 def caption(argv: list[str]) -> int:
     "Caption photos with the best checkpoint of a run, or by the vote of several."
     a = _caption_arguments(argv)
@@ -250,7 +250,7 @@ def find_checkpoint_folder(run: str, # Run folder, part of its name, or a checkp
     "The checkpoint that `run` means"
     return Path(run) if (Path(run)/'model.safetensors').is_file() else Run(run, runs_dir).checkpoint()
 
-# %% ../nbs/90_cli.ipynb #8cb2c537
+# %% ../nbs/90_cli.ipynb #8df2a0f1
 def caption_photos(folders: list[Path], # Checkpoint folders: one model, or several that vote
                    photos: tuple[str, ...], # Image files
                    options: dict[str, Any], # For `Captioner.search`, or with a temperature for `Captioner.sample`
@@ -273,7 +273,7 @@ def caption_photos(folders: list[Path], # Checkpoint folders: one model, or seve
         else: print('\n'.join(f'{photo}: {text}' for text in texts), flush=True)
     return status
 
-# %% ../nbs/90_cli.ipynb #5da4f905
+# %% ../nbs/90_cli.ipynb #82123dc4
 def extract(argv: list[str]) -> int:
     "Encode every photo once and store the features, for all runs that use this encoder."
     from caption_nb.training import prepare_data, prepare_encoder, prepare_features
@@ -300,7 +300,7 @@ def check(argv: list[str]) -> int:
     print(result)
     return 0 if result.ok else 1
 
-# %% ../nbs/90_cli.ipynb #cdd7fdcd
+# %% ../nbs/90_cli.ipynb #08c68025
 def _watch_arguments(argv: list[str]) -> tuple[str, float, bool, str]:
     import tyro
     def arguments(run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar='RUN', help='Run folder, or part of its name.')],
@@ -329,7 +329,7 @@ def watch(argv: list[str]) -> int: # Exit status: 1 if the run ended without bei
     except KeyboardInterrupt: print('\nleft; the run goes on')
     return 0
 
-# %% ../nbs/90_cli.ipynb #b5f7038b
+# %% ../nbs/90_cli.ipynb #f14c20ac
 def _arguments(command: Callable, # Whose name and docstring the help page has
                argv: list[str], # Words of the command line
                positional: tuple[str, str] = ('', ''), # Name and meaning of the words that are no flags
@@ -351,17 +351,27 @@ def _arguments(command: Callable, # Whose name and docstring the help page has
     found = tyro.cli(form, prog=f'caption-nb {command.__name__}', description=command.__doc__, args=argv, config=(tyro.conf.OmitArgPrefixes,))
     return dataclasses.asdict(found)
 
-# %% ../nbs/90_cli.ipynb #258008dc
+# %% ../nbs/90_cli.ipynb #3e6ef038
 RUNS_DIR = (str, 'papermill_runs', 'Where names of runs are looked up.')
 
 
 def _cluster_flags() -> type:
     "The fields of a profile as flags; what is not given leaves the profile as it is"
+    import tyro
     from caption_nb.profiles import Profile
-    kinds = dict(str=(str, ''), int=(int | None, None), bool=(bool | None, None))
-    made = [(f.name, kinds[f.type][0], dataclasses.field(default=kinds[f.type][1])) for f in dataclasses.fields(Profile)
-            if f.type in kinds and f.name not in ('name', 'about', 'slurm')]
+    from fastcore.docments import docments
+    kinds, meaning = dict(str=(str, ''), int=(int | None, None), bool=(bool, False)), docments(Profile)
+    made = [(f.name, Annotated[kinds[f.type][0], tyro.conf.arg(help=f'{(meaning.get(f.name) or f.name).capitalize()}.', help_behavior_hint='')],
+             dataclasses.field(default=kinds[f.type][1]))
+            for f in dataclasses.fields(Profile) if f.type in kinds and f.name not in ('name', 'about', 'slurm')]
     return dataclasses.make_dataclass('cluster', made, namespace={'__doc__': ''})
+
+
+def _changes(argv: list[str], values: dict[str, Any]) -> dict[str, Any]:
+    "Of the fields of a profile those that `argv` names; a yes or no is known by its flag alone"
+    words = {word.split('=')[0] for word in argv}
+    def named(name): return {f'--{name.replace("_", "-")}', f'--no-{name.replace("_", "-")}'} & words
+    return {name: value for name, value in values.items() if not isinstance(value, bool) or named(name)}
 
 
 def _job_flags(**more: tuple[Any, Any, str]) -> list[tuple]:
@@ -382,9 +392,19 @@ def _profile(name: str, changes: dict[str, Any]):
         raise ValueError(f'say with --profile where it shall run: {", ".join(known())}, or a file of your own (see slurm/README.md)')
     return load_profile(name or 'default', **changes)
 
-# %% ../nbs/90_cli.ipynb #a7fba1a9
+# %% ../nbs/90_cli.ipynb #e49a0a10
+def _profile_again(config: 'Config', changes: dict[str, Any]):
+    "The profile with which the run `config.resume` was submitted before, with `changes`"
+    from caption_nb.jobs import read_job
+    from caption_nb.profiles import Profile
+    folder = find_run(config.resume, config.runs_dir)/'job'
+    if not (folder/'job.json').is_file(): return _profile('', changes)
+    return Profile.from_dict(read_job(folder)['profile'] | {k: v for k, v in changes.items() if v not in (None, '')})
+
+# %% ../nbs/90_cli.ipynb #f7aa1d44
 def submit(argv: list[str]) -> int:
     "Hand steps of a run to SLURM: extract, train, scst, evaluate, compare. For example: submit train --profile one-gpu."
+    from caption_nb import slurm
     from caption_nb.submit import check_steps, left_to_do
     at = next((i for i, word in enumerate(argv) if word.startswith('-')), len(argv))
     if '-h' not in argv and '--help' not in argv: steps = check_steps(argv[:at])
@@ -392,7 +412,9 @@ def submit(argv: list[str]) -> int:
     extra = [_preset(), _from(), *_job_flags(after=(tuple[int, ...], (), 'Begin when these jobs have ended well.'),
                                              split=(str, 'dev', 'What evaluate captions.'),
                                              notebook=(str, '', 'Train with this copy of the training notebook.'))]
-    config, flags = parse_config(argv, 'submit', submit.__doc__, base, extra=extra)
+    config, flags = parse_config(argv, 'submit STEP …', submit.__doc__, base, extra=extra)
+    for id in flags['after']:
+        if slurm.available() and not slurm.job_info(id): raise ValueError(f'--after {id}: SLURM knows no such job, or has forgotten it since it ended')
     profile = _profile(flags['profile'], flags['cluster'])
     if config.resume: folder = _job_again(argv, config, extra, profile, steps, flags)
     else: folder = _new_job(config, profile, steps, flags)
@@ -408,7 +430,7 @@ def _check_files(config: 'Config', profile: Any, notebook: str):
     if config.data != 'scenes' and not (Path(profile.work or '.')/config.data).exists():
         raise FileNotFoundError(f'--data {config.data}: no such file or folder (from {Path(profile.work or ".").resolve()})')
 
-# %% ../nbs/90_cli.ipynb #60029165
+# %% ../nbs/90_cli.ipynb #1abb92d2
 def _new_job(config: 'Config', profile: Any, steps: tuple[str, ...], flags: dict[str, Any]) -> Path | None:
     "A new run with its job folder; None after a dry run, which leaves nothing behind"
     from caption_nb.submit import discard, make_runs, new_job, visibility_warning
@@ -439,7 +461,7 @@ def _show(folder: Path, profile: Any, left: dict | None = None, job: dict | None
             try: print(slurm.test(script), file=sys.stderr)
             except slurm.SlurmError as e: print(e, file=sys.stderr)
 
-# %% ../nbs/90_cli.ipynb #7cabf870
+# %% ../nbs/90_cli.ipynb #ee3443ad
 def _job_again(argv: list[str], config: 'Config', extra: list, profile: Any, steps: tuple[str, ...], flags: dict[str, Any]) -> Path | None:
     "The job folder of a run that goes on; None after a dry run"
     from caption_nb.config import Config
@@ -460,7 +482,7 @@ def _job_again(argv: list[str], config: 'Config', extra: list, profile: Any, ste
     print(f'run folder: {run}', flush=True)
     return folder
 
-# %% ../nbs/90_cli.ipynb #aa686271
+# %% ../nbs/90_cli.ipynb #db7e0a0c
 def _submitted(folder: Path, left: dict[str, list[int]], new: bool, after: Sequence[int]) -> list:
     "Hand what is left to SLURM; if it refuses all of it, nothing stays of folders that are `new`"
     from caption_nb.jobs import read_job
@@ -489,7 +511,7 @@ def _hand_over(folder: Path, profile: Any, left: dict[str, list[int]], new: bool
     print(f'{done} of {len(codes)} steps done; caption-nb status {shlex.quote(name)} shows the runs')
     return 0 if done == len(codes) else max(1, *codes.values())
 
-# %% ../nbs/90_cli.ipynb #6b82a92b
+# %% ../nbs/90_cli.ipynb #ed6d6e16
 def sweep(argv: list[str]) -> int:
     "Many runs from one page: a grid, a list, a random search. Given again, it runs only what is missing or failed."
     from caption_nb.submit import left_to_do, runs_folder, visibility_warning
@@ -502,7 +524,7 @@ def sweep(argv: list[str]) -> int:
                    dry_run=(bool, False, 'Show the runs and the batch scripts, and do nothing.'),
                    runs_dir=(str, '', 'Folder of the run folders; empty: as the page says, or papermill_runs.'))
     found = read_sweep(a['page'])
-    profile = _profile(a['profile'] or found.profile, a['cluster'])
+    profile = _profile(a['profile'] or found.profile, _changes(argv, a['cluster']))
     for config in found.configs: _check_files(config, profile, a['notebook'])
     for note in found.notes: print(note)
     folder = runs_folder(profile, a['runs_dir'] or found.configs[0].runs_dir)/f'sweep-{found.name}'
@@ -514,7 +536,7 @@ def sweep(argv: list[str]) -> int:
     if profile.slurm and (doubt := visibility_warning(folder)): print(f'caution: {doubt}', file=sys.stderr)
     return _hand_over(folder, profile, left, new, jobs=a['jobs']) if left else 0
 
-# %% ../nbs/90_cli.ipynb #1cee7011
+# %% ../nbs/90_cli.ipynb #69504730
 def _sweep_tasks(found: Any, folder: Path, profile: Any, a: dict[str, Any]) -> list[int]:
     "Make the job folder of a sweep, or add to it what is new; the numbers of its tasks"
     from caption_nb.jobs import read_job
@@ -545,7 +567,7 @@ def _show_sweep(found: Any, folder: Path, profile: Any, a: dict[str, Any]) -> in
     finally: discard(folder)
     return 0
 
-# %% ../nbs/90_cli.ipynb #3d86b9b2
+# %% ../nbs/90_cli.ipynb #3dd4c317
 def status(argv: list[str]) -> int:
     "One table of runs: jobs, states and reasons, progress, last score, time left."
     from caption_nb.monitor import show_status
@@ -570,7 +592,8 @@ def cancel(argv: list[str]) -> int:
     a = _arguments(cancel, argv, ('names', 'Runs, sweeps, or job ids.'), many=True, runs_dir=RUNS_DIR,
                    all=(bool, False, 'All jobs of the runs in RUNS_DIR.'), dry_run=(bool, False, 'Only say what would be cancelled.'))
     if not a['names'] and not a['all']: raise ValueError('say which runs, sweeps or jobs, or --all')
-    targets = cancel_targets(a['names'], a['runs_dir'])
+    try: targets = cancel_targets(a['names'], a['runs_dir'])
+    except ValueError as e: slurm.require(); raise e   # without SLURM, that is the reason
     for target in targets: print(f'{"would cancel" if a["dry_run"] else "cancelled"}: {target.what}')
     if not targets: print('nothing waits or runs')
     if a['dry_run']: return 0
@@ -579,7 +602,7 @@ def cancel(argv: list[str]) -> int:
         if target.pid: os.kill(target.pid, signal.SIGTERM)
     return 0
 
-# %% ../nbs/90_cli.ipynb #0d066b7c
+# %% ../nbs/90_cli.ipynb #e89b9108
 def evaluate(argv: list[str]) -> int:
     "Caption and score a split with the best checkpoint of a run; the record lies in the run's folder."
     from caption_nb.leaderboard import evaluate_run
@@ -591,7 +614,7 @@ def evaluate(argv: list[str]) -> int:
     print('\n'.join(score_lines(Run(truth['run']).results)), f'\nrecord: {truth["out"]/truth["notebook"]}', sep='\n')
     return 0
 
-# %% ../nbs/90_cli.ipynb #9b671a4a
+# %% ../nbs/90_cli.ipynb #dd39dbf9
 def compare(argv: list[str]) -> int:
     "A leaderboard of runs: means over seeds, curves, cost, how to reproduce each. Refuses to rank what was measured differently."
     from caption_nb.leaderboard import compare as compare_runs
@@ -622,7 +645,7 @@ def pull(argv: list[str]) -> int:
     print('\n'.join(pull_lines(where, names, a['to'], a['checkpoints'])))
     return 0
 
-# %% ../nbs/90_cli.ipynb #f8ca5fcf
+# %% ../nbs/90_cli.ipynb #057c29ae
 COMMANDS = dict(demo=demo, check=check, extract=extract, train=train, evaluate=evaluate, caption=caption, submit=submit, sweep=sweep, status=status,
                 follow=follow, watch=watch, cancel=cancel, compare=compare, runs=runs, pull=pull, presets=presets)
 
@@ -654,5 +677,5 @@ def main(argv: list[str] | None = None, # Default: the words of the command line
         print('\n'.join(f'caption-nb {name}: {line}' for line in str(e).splitlines()), file=sys.stderr)
         return 2
 
-# %% ../nbs/90_cli.ipynb #a5246116
+# %% ../nbs/90_cli.ipynb #2e7a085b
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

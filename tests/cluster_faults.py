@@ -61,7 +61,7 @@ class Moment:
         main = threading.current_thread() is threading.main_thread()   # checkpoints are written in another
         if main: signal.signal(signal.SIGINT, arrived)
         self.put(held=1)
-        end = time.monotonic() + 180
+        end = time.monotonic() + 600
         while not (heard or self.go) and time.monotonic() < end: time.sleep(0.01)
         if main and not heard: signal.signal(signal.SIGINT, before)
 
@@ -143,7 +143,7 @@ def time_limit(case):
 def preempt(case):
     "A job of a higher partition wants the node"
     case.cluster.sbatch('sleep 1', '--partition=high', '--exclusive', f'--nodelist={case.node}')
-    case.left(60)
+    case.left(150)
 
 
 def kill_kernel(case): kill([case.kernel])
@@ -180,7 +180,7 @@ def fill_disk(case):
             except OSError: pass
     case.struck = time.time()
     case.moment.put(go=1)
-    until(lambda: case.state() in ENDED, 120, 'the end of a job whose disk is full', 0.5)
+    until(lambda: case.state() in ENDED, 600, 'the end of a job whose disk is full', 0.5)
     (case.disk/'ballast').unlink()
 
 
@@ -189,9 +189,9 @@ def requeue(case): case.slurm('scontrol', 'requeue', case.job)
 
 def requeue_twice(case):
     requeue(case)
-    case.left(30)
+    case.left(100)
     case.moment.put(held=0, go=0, target=MOMENTS.index('starting'))
-    until(lambda: case.moment.held, 90, 'the second attempt', 0.1)
+    until(lambda: case.moment.held, 300, 'the second attempt', 0.1)
     requeue(case)
 
 
@@ -218,7 +218,7 @@ KINDS = {
 
 CONFIG = dict(encoder='scene_cnn', num_images=41, image_size=64, min_freq=1, flip=True, crop=0.2, embed_dim=32, hidden_dim=32,
               attention_dim=16, dropout=0.2, feature_dropout=0.1, sampling_ratio=0.3, ema=0.9, accumulate=2, images_per_batch=4,
-              captions_per_image=2, epochs=4, lr=5e-3, warmup_steps=4, log_every=3, max_len=12, beam=2, precision='fp32', threads=1,
+              captions_per_image=2, epochs=3, lr=5e-3, warmup_steps=4, log_every=3, max_len=12, beam=2, precision='fp32', threads=1,
               device='cpu', save_minutes=0.01, keep_last=2)   # all that draws random numbers, within seconds
 
 
@@ -306,7 +306,7 @@ class Case:
         def there():
             assert self.state() not in ENDED, f'the job ended before the moment {self.at}\n{self.log()}'
             return self.moment.held
-        until(there, 120, lambda: f'{self.at}; step {self.moment.step}\n{self.log()}', 0.2)
+        until(there, 300, lambda: f'{self.at}; step {self.moment.step}\n{self.log()}', 0.2)
         time.sleep(self.wait)
         self.struck = time.time()
         self.kind.strike(self)
@@ -327,7 +327,7 @@ class Case:
         self.await_end()
 
     def await_end(self):
-        until(lambda: self.state() in ENDED, 300, lambda: f'the end of job {self.job}, which is {self.state()}\n{self.log()}', 0.5)
+        until(lambda: self.state() in ENDED, 600, lambda: f'the end of job {self.job}, which is {self.state()}\n{self.log()}', 0.5)
 
     def log(self) -> str: return ''.join(p.read_text(errors='replace')[-2500:] for p in sorted((self.path/'job'/'logs').glob('*.log')))
 
