@@ -130,7 +130,9 @@ def check_many(cluster: Cluster, work: Path, number: int, book: str, **fields) -
     folder = work/f'runs{number}'/f'sweep-many{number}'
     job = jobs(folder)['train']
     assert f'{number} runs; to do: train {number}' in out and f'job {job}: train, {number} tasks' in out
-    until(lambda: set(cluster.states(job)) == {'COMPLETED'}, 30 + 12*number, lambda: f'{cluster.state(job)}\n{logs(folder)[-5000:]}', every=0.5)
+    over = {'COMPLETED', 'FAILED', 'CANCELLED'}
+    until(lambda: {*cluster.states(job)} <= over, 30 + 15*number, lambda: f'{cluster.state(job)}\n{logs(folder)[-5000:]}', every=0.5)
+    assert {*cluster.states(job)} == {'COMPLETED'}, [line for line in logs(folder).splitlines() if 'Error' in line]
     nodes, runs = starts(job, cluster), task_runs(folder)
     seconds = [s for found in nodes.values() for _, s in found]
     assert all(len(found) >= 8 for found in nodes.values()) and max(seconds) - min(seconds) <= 2 and max(map(seconds.count, seconds)) >= number/2
@@ -155,7 +157,8 @@ def test_forty_at_once(work, tmp_path_factory, monkeypatch):
         for name, value in cluster.env.items(): monkeypatch.setenv(name, value)
         runs = check_many(cluster, work, 40, 'small.ipynb', encoder='mobilenetv2_050', encoder_weights='random', cache_dir=work/'forty')
     assert len([*(work/'forty'/'features').iterdir()]) == 1
-    assert len(re.findall(r'^encoding: .*24/24', logs(work/'runs40'/'sweep-many40'), re.M)) == 1
+    shown = [json.dumps([c.get('outputs') for c in read_json(run/'run.ipynb')['cells']]) for run in runs]
+    assert sum('encoding' in text for text in shown) == 1 and sum('waiting for it' in text for text in shown) > 1
     assert all('CIDEr' in read_json(run/'results.json')['dev']['scores'] for run in runs)
 
 
