@@ -337,3 +337,16 @@ def test_a_run_folder_that_the_nodes_do_not_see(work, tmp_path_factory, monkeypa
         assert row['state'] == 'not started' and f'node n1 could not write into {run/"job"/"logs"}: does it see this folder?' in row['reason'], row
         status, out, _ = say(here, 'follow', run.name, '--once')
         assert status == 1 and 'node n1 could not write into' in out
+
+
+@pytest.mark.parametrize('profile, reason', [(dict(python='/nowhere/python'), '/nowhere/python: No such file or directory'),
+                                             (dict(modules=['nowhere']), 'caption-nb: profile bad: modules = "nowhere" failed (on '),
+                                             (dict(activate='/nowhere/activate'), 'caption-nb: profile bad: activate = "/nowhere/activate" failed (on ')])
+def test_software_that_the_nodes_do_not_have(cluster, work, bare, profile, reason):
+    "The last line of the log is the reason that status tells"
+    toml(bare/'bad.toml', **profile)
+    run = submit(bare, 'train', profile=bare/'bad.toml')
+    ended(cluster, run, states=('FAILED',))
+    row = json.loads(done(say(bare, 'status', '--json')))
+    assert row['state'] == 'not started' and row['reason'].startswith(f'job {jobs(run/"job")["train"]} is gone: failed: ') and reason in row['reason'], row
+    assert 'status.json' not in {p.name for p in run.iterdir()}

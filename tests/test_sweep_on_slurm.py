@@ -152,3 +152,18 @@ def test_a_chain_that_breaks(accounted, work):
     done(say(work, 'submit', 'train', '--resume', run, '--profile', 'profile.toml', '--notebook', mended))
     accounted.wait(jobs(run/'job')['train'], timeout=60)
     check_record(run, ['error', 'done'])
+
+
+def test_the_same_sweep_without_slurm(accounted, work, tmp_path):
+    "Here two at a time, then on the cluster what is new"
+    notebook(tmp_path/'quick.ipynb', 'from pathlib import Path\n_ = Path(run_dir, "results.json").write_text("{}")')
+    def page(rates): (tmp_path/'page.yaml').write_text(json.dumps(dict(name='both', base=TINY, grid=dict(lr=rates), steps=['train'])))
+    def sweep(profile): return done(say(tmp_path, 'sweep', 'page.yaml', '--profile', profile, '--jobs', '2', '--notebook', 'quick.ipynb'))
+    page([1e-3, 2e-3, 3e-3])
+    assert '3 of 3 steps done' in sweep('local') and 'to do: nothing' in sweep('local') and 'to do: nothing' in sweep(work/'profile.toml')
+    page([1e-3, 2e-3, 3e-3, 4e-3])
+    assert 'to do: train 1\n' in sweep(work/'profile.toml')
+    folder = tmp_path/'papermill_runs'/'sweep-both'
+    accounted.wait(jobs(folder)['train'])
+    for run in task_runs(folder): check_record(run)
+    assert ['job_id' in read_json(run/'status.json')['job'] for run in task_runs(folder)] == [False]*3 + [True]
