@@ -557,7 +557,7 @@ def test_follow_ends_as_the_run_did(tmp_path, squeue, capsys):
         assert monitor.follow(run, every=0.1) == code_ and time.monotonic() - start < 5
         out = capsys.readouterr().out
         assert ('done in 1 h' in out) == (reason == 'done') and '140 more lines in run.ipynb' in out
-        assert reason == 'done' or f'\n{reason}\n' in out and 'continue with: caption-nb submit train --resume' in out
+        assert reason == 'done' or f'\n{reason}\n' in out and 'continue with: caption-nb train --resume' in out
     lost = add_run(tmp_path/'lost', attempt(1, job=6))
     assert monitor.follow(lost, every=0.1) == 1 and 'killed: ' in capsys.readouterr().out
 
