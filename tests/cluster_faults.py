@@ -329,7 +329,7 @@ class Case:
     def await_end(self):
         until(lambda: self.state() in ENDED, 600, lambda: f'the end of job {self.job}, which is {self.state()}\n{self.log()}', 0.5)
 
-    def log(self) -> str: return ''.join(p.read_text(errors='replace')[-2500:] for p in sorted((self.path/'job'/'logs').glob('*.log')))
+    def log(self) -> str: return ''.join(p.read_text(errors='replace')[-1000:] for p in sorted((self.path/'job'/'logs').glob('*.log')))
 
     def bring_home(self):
         "Copy the run from the small disk to the usual one"
@@ -421,7 +421,7 @@ class Campaign:
             for lane in lanes: lane.start()
             for lane in lanes: lane.join()
         self.cases.sort(key=lambda case: case.number)
-        for case in self.cases[1:]: self.compare(case, self.cases[0])
+        for case in self.cases[1:]: case.faults or self.compare(case, self.cases[0])
         return self.cases
 
     def lane(self, cluster: Cluster, warns: bool, todo: list):
@@ -437,7 +437,7 @@ class Campaign:
         case = Case(self.folder/f'{number:02d}', cluster, number, name, moment, 3*random.Random(f'{self.seed} {number}').random())
         with self.lock: self.cases.append(case)
         case.run()
-        self.say(f'{case} ({case.seconds:.0f} s) {"; ".join(case.faults)}')
+        self.say(f'{case} ({case.seconds:.0f} s)' + ''.join(f'; {fault.splitlines()[0]}' for fault in case.faults))
 
     def compare(self, case: Case, whole: Case):
         "The same weights, captions, scores and lines of metrics.jsonl?"
@@ -462,7 +462,7 @@ def table(cases: list[Case]) -> str:
     return '\n'.join('  '.join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
 
 
-def failures(cases: list[Case]) -> str: return '\n'.join(f'{c.folder}: {c}: {fault}' for c in cases for fault in c.faults)
+def failures(cases: list[Case]) -> str: return '\n'.join(f'{c.folder}: {c}: {fault.strip()}' for c in cases for fault in c.faults)
 
 
 def main():
