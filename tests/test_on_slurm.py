@@ -12,10 +12,10 @@ import nbformat
 import pytest
 from cluster import Cluster, until
 from conftest import ROOT, _cluster
-from slurm_runs import PROFILE, TINY, TRAIN, check_record, command, done, flags, jobs, logs, notebook, read_json, said, say, task_runs, toml
+from slurm_runs import TINY, TRAIN, check_record, command, done, flags, jobs, logs, notebook, read_json, said, say, task_runs, toml
 
 from caption_nb import slurm
-from caption_nb.profiles import check_script, load_profile, profiles, slurm_folder
+from caption_nb.profiles import check_script, load_profile, slurm_folder
 
 LONG = pytest.mark.skipif(not os.environ.get('CAPTION_NB_LONG'), reason='takes minutes: CAPTION_NB_LONG=1 runs it, and .ci/run does')
 QUICK = '''import json, time
@@ -213,7 +213,7 @@ def test_no_shell_reads_names_and_values(cluster, work):
     assert {name: injected[name] for name in values} == expected and injected['run_dir'] == str(run)
     assert run.parent == place/values['runs_dir'] and run.is_dir() and re.fullmatch(r'[\w.-]+', run.name)
     assert not list(work.rglob('canary*')) and not (Path.home()/'canary').exists() and not (ROOT/'canary').exists()
-    assert f'{run.name}' in done(say(place, 'status', '--runs-dir', values['runs_dir']))
+    assert run.name in done(say(place, 'status', '--runs-dir', values['runs_dir']))
 
 
 def test_a_sweep_of_nasty_values(cluster, work):
