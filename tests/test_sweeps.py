@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from caption_nb.config import DECODERS, Config
 from caption_nb.runs import new_run, run_name
 from caption_nb.sweeps import (FIELDS, LONGEST, Axis, Combinations, Condition, Range, SweepError, draw, match, read_sweep, read_yaml,
-                               sweeps, task_names, tasks_to_run)
+                               sweeps, task_names)
 
 BASE = 'base: {data: scenes, encoder: scene_cnn, decoder: lstm}\n'
 
@@ -320,15 +320,12 @@ def submitted(sweep, folder: Path, status: dict[int, str]) -> dict:
     return dict(tasks=tasks)
 
 
-def test_only_what_is_missing_or_failed_runs_again(tmp_path, monkeypatch):
+def test_tasks_are_matched_by_what_they_train(tmp_path, monkeypatch):
     monkeypatch.setattr('caption_nb.runs.environment', dict)
     job = submitted(read_sweep(page(tmp_path, BASE + 'seeds: 6')), tmp_path/'runs', {0: 'done', 1: 'error', 2: 'running', 3: 'interrupted'})
     runs = [t['run'] for t in job['tasks']]
     again = read_sweep(page(tmp_path, BASE + 'name: other\ngrid: {seed: [7, 5, 3, 2, 1, 0]}'))     # 4 is gone, 7 is new, another order
     assert match(again.configs, job) == ['', runs[5], runs[3], runs[2], runs[1], runs[0]]
-    todo = tasks_to_run(again, job, busy=[runs[5]])
-    assert (todo.run, todo.busy, todo.removed) == ([0, 2, 4], [1, 3], [runs[4]])
-    assert str(todo) == '6 tasks: 1 done, 2 going, 1 new, 2 once more; 1 no longer in the sweep, left alone'
 
 
 def test_folders_that_are_gone_or_broken_are_made_anew(tmp_path, monkeypatch):
@@ -338,7 +335,7 @@ def test_folders_that_are_gone_or_broken_are_made_anew(tmp_path, monkeypatch):
     (Path(job['tasks'][0]['run'])/'config.json').unlink()
     (Path(job['tasks'][1]['run'])/'config.json').write_text('{')
     assert match(sweep.configs, job) == ['', '', job['tasks'][2]['run']]
-    assert tasks_to_run(sweep, {}).run == [0, 1, 2] and match(sweep.configs, {}) == ['']*3
+    assert match(sweep.configs, {}) == ['']*3
 
 
 def test_the_same_tasks_in_another_process(tmp_path):
