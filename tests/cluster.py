@@ -241,7 +241,8 @@ class Cluster:
     def daemon(self, name: str, *arguments: str, program: str = '', env: dict[str, str] | None = None):
         "Start a daemon, which dies with this process; what it prints goes to log/NAME.out"
         command = [f'/usr/sbin/{program or name}', *map(str, arguments)]
-        if self.hidden and program == 'slurmd': command = ['unshare', '-m', 'sh', '-c', 'mount -t tmpfs none "$0" && exec "$@"', str(self.hidden), *command]
+        if self.hidden and program == 'slurmd':
+            command = ['unshare', '-m', 'sh', '-c', 'mount -t tmpfs none "$0" && exec "$@"', str(self.hidden), *command]
         env = {k: v for k, v in os.environ.items() if not k.startswith('SLURM')} | self.env | (env or {})
         with open(self.base/'log'/f'{name}.out', 'ab') as out:
             self.daemons[name] = subprocess.Popen(['setpriv', '--pdeathsig', 'KILL', '--', *command], stdin=subprocess.DEVNULL,
