@@ -121,3 +121,16 @@ def test_a_configuration_is_not_changed_under_a_job_that_waits(profile, queue, c
     assert main(['submit', 'train', '--resume', str(run), '--epochs', '20']) == 2
     assert 'job 1 waits or runs' in capsys.readouterr().err and (run/'config.json').read_bytes() == before
     assert main(['submit', 'train', '--resume', str(run)]) == 0 and len(queue) == 1    # nothing is left to do
+
+
+@pytest.mark.parametrize('words, requeue, copy', [([], True, True), (['--no-requeue'], False, True), (['--no-copy-features', '--time', '60'], True, False)])
+def test_only_flags_that_are_given_change_the_profile(queue, tmp_path, words, requeue, copy):
+    (profile := tmp_path/'mine.toml').write_text(f'copy_features = true\nwork = "{tmp_path}"\n')
+    assert main(['submit', 'train', '--encoder', 'scene_cnn', '--profile', str(profile), *words]) == 0
+    script = queue[0][0].read_text()
+    assert ('#SBATCH --requeue' in script, '#SBATCH --no-requeue' in script) == (requeue, not requeue)
+    assert read_job(queue[0][0].parent)['profile']['copy_features'] == copy and ('--time=60' in script) == ('--time' in words)
+    run = queue[0][0].parent.parent
+    (run/'job'/'job.json').write_text(json.dumps(read_job(run/'job') | dict(jobs=[])))
+    assert main(['submit', 'train', '--resume', str(run)]) == 0     # with the profile it had
+    assert read_job(run/'job')['profile']['copy_features'] == copy and ('#SBATCH --requeue' in queue[1][0].read_text()) == requeue
