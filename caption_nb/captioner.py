@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['concept_loss', 'CaptionModel', 'description', 'model_files', 'load_encoder', 'load_model', 'search_options',
-           'caption_images', 'attention_maps', 'Explanation', 'Captioner', 'Evaluation']
+           'caption_images', 'attention_maps', 'TeacherForced', 'teacher_forced_sums', 'teacher_forced', 'Explanation',
+           'Captioner', 'Evaluation']
 
-# %% ../nbs/59_captioner.ipynb #d740cbb6
+# %% ../nbs/59_captioner.ipynb #dfee15f5
 import json
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from .checkpoints import checkpoint_weights, find_checkpoint, read_part, weight_
 from .config import Config, make_decoder
 from .data import open_image
 from .decoder import Decoder, dropout
-from .decoding import Hypothesis, generate
+from .decoding import Hypothesis, evaluating, generate
 from .encoders import Encoder, load_weights
 from .ensemble import Ensemble
 from .metrics import Scores
@@ -37,7 +38,7 @@ from .scheduled_sampling import mixed_inputs
 from .scst import fragment_share
 from .text import Vocab, tokenize_all
 
-# %% ../nbs/59_captioner.ipynb #334c40ba
+# %% ../nbs/59_captioner.ipynb #4f71f01f
 def concept_loss(scores: Tensor, # (B, L, V) of each word in each cell
                  tokens: Tensor, # (B*k, T) word ids of the captions
                  specials: int = 4, # The first words of the vocabulary, which are no words
@@ -48,7 +49,7 @@ def concept_loss(scores: Tensor, # (B, L, V) of each word in each cell
     found = scores.float().logsumexp(1) - math.log(L)
     return F.binary_cross_entropy_with_logits(found[:, specials:], there[:, specials:])
 
-# %% ../nbs/59_captioner.ipynb #af6f9d33
+# %% ../nbs/59_captioner.ipynb #41aa0259
 class CaptionModel(nn.Module):
     "An encoder and a decoder: from pixels or stored features to the loss of captions"
     def __init__(self, encoder: Encoder, decoder: Decoder,
@@ -88,7 +89,7 @@ class CaptionModel(nn.Module):
         parts = self.parts(batch, *args, **kwargs)
         return sum(parts.values()), parts['words']
 
-# %% ../nbs/59_captioner.ipynb #d9f12f4f
+# %% ../nbs/59_captioner.ipynb #ce00a7ee
 def description(model: CaptionModel, vocab: Vocab, config: Config) -> dict[str, bytes]: # File name → content
     "The small files of a checkpoint: all but the weights"
     with tempfile.TemporaryDirectory() as scratch: words = vocab.save(Path(scratch)/'vocab.json').read_bytes()
@@ -100,7 +101,7 @@ def model_files(model: CaptionModel, vocab: Vocab, config: Config) -> dict[str, 
     "The files that make `model` usable elsewhere"
     return {'model.safetensors': weight_bytes(model.state_dict())} | description(model, vocab, config)
 
-# %% ../nbs/59_captioner.ipynb #e2775d98
+# %% ../nbs/59_captioner.ipynb #9c48c0ce
 def load_encoder(folder: str | Path, # A checkpoint or run folder
                  ) -> Encoder: # Not frozen
     "The encoder of the checkpoint in `folder`"
@@ -124,7 +125,7 @@ def load_model(folder: str | Path, # A checkpoint or run folder
     load_weights(decoder, part('decoder.'), str(folder/'model.safetensors'))
     return CaptionModel(encoder.freeze(), decoder.eval()), vocab, config
 
-# %% ../nbs/59_captioner.ipynb #2ae02dab
+# %% ../nbs/59_captioner.ipynb #439bf1b5
 def search_options(config: Config, vocab: Vocab) -> dict: # Arguments of `generate`
     "How `config` wants captions to be searched"
     c = config
@@ -155,7 +156,7 @@ def caption_images(model: CaptionModel, # On any device
         if check: check()
     return found
 
-# %% ../nbs/59_captioner.ipynb #9e25af03
+# %% ../nbs/59_captioner.ipynb #c197ef4c
 def attention_maps(hypothesis: Hypothesis, # With attention
                    grid: tuple[int, int], # (gh, gw)
                    ) -> Tensor | None: # (T, gh, gw), or None if the decoder does not attend
@@ -165,7 +166,57 @@ def attention_maps(hypothesis: Hypothesis, # With attention
     if a.ndim == 3: a = a.mean(1)                                  # (T, L)
     return a[:len(hypothesis.tokens)].unflatten(-1, tuple(grid))
 
-# %% ../nbs/59_captioner.ipynb #057f09c1
+# %% ../nbs/59_captioner.ipynb #d8914c14
+@dataclass(frozen=True)
+class TeacherForced:
+    "How well the words of people were foreseen, each after the true words before it"
+    loss: float # Nats per word
+    perplexity: float # exp(loss)
+    top1: float # Share of words that were the likeliest, 0 … 1
+    top5: float # Share of words among the five likeliest
+    words: int # Words looked at, each `<end>` too
+    unknown: float # Share of them that are `<unk>`
+
+    @classmethod
+    def of(cls, sums: Tensor, # (5,) float64, of `teacher_forced_sums`
+           ) -> 'TeacherForced':
+        "What the sums over any number of batches, or ranks, come to"
+        words = int(sums[4])
+        if not words: raise ValueError('there are no captions to foresee: these batches are empty')
+        loss, top1, top5, unknown = (sums[:4]/words).tolist()
+        return cls(loss, math.exp(min(loss, 700)), top1, top5, words, unknown)
+
+    def __str__(self) -> str:
+        return (f'loss {self.loss:.4f} nats per word, perplexity {self.perplexity:.2f}, top-1 {self.top1:.2%}, top-5 {self.top5:.2%} '
+                f'of {self.words:,} words ({self.unknown:.2%} <unk>)')
+
+# %% ../nbs/59_captioner.ipynb #e2e30b14
+def teacher_forced_sums(model: CaptionModel, # On any device; left in the mode it was in
+                        batches: Iterable[Batch], # Images and captions, such as `CaptionBatches(…, shuffle=False)`
+                        ) -> Tensor: # (5,) float64: nats, words likeliest, words among the five likeliest, `<unk>`, words
+    "The sums that `TeacherForced` is made of: those of several ranks can be added"
+    device, sums = next(model.decoder.parameters()).device, torch.zeros(5, dtype=torch.float64)
+    with evaluating(model):
+        for batch in batches:
+            if not batch.num_captions: continue
+            batch = batch.to(device)
+            grid = model.encoder.encode_batch(batch.images, 'fp32') if batch.images.dtype == torch.uint8 else batch.images
+            hidden, _ = model.decoder.hidden(model.decoder.encode(grid), batch.inputs, attention=False)        # (B*k, T-1, H)
+            mask = batch.targets != Vocab.pad_id
+            logits, targets = model.decoder.project(hidden[mask]), batch.targets[mask]                         # (words, V), (words,)
+            own = logits.gather(1, targets[:, None])
+            rank = logits.shape[1] - 1 - (logits < own).sum(1)                # words that are at least as likely as the true one
+            nats = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction='none')
+            found = nats, rank < 1, rank < 5, targets == Vocab.unk_id, targets >= 0
+            sums += torch.stack([x.double().sum() for x in found]).cpu()
+    return sums
+
+
+def teacher_forced(model: CaptionModel, batches: Iterable[Batch]) -> TeacherForced: # Exact: independent of the size of `batches`
+    "Loss, perplexity, top-1 and top-5 accuracy of `model` on the captions of `batches`, under teacher forcing"
+    return TeacherForced.of(teacher_forced_sums(model, batches))
+
+# %% ../nbs/59_captioner.ipynb #940bcf54
 @dataclass
 class Explanation:
     "A caption, and where the decoder looked at each of its words"
@@ -177,7 +228,7 @@ class Explanation:
     @property
     def caption(self) -> str: return ' '.join(self.words)
 
-# %% ../nbs/59_captioner.ipynb #463a6fa0
+# %% ../nbs/59_captioner.ipynb #b2a0eb3a
 class Captioner:
     "A trained model that captions images, or several that vote: `Captioner.load(folder).caption('photo.jpg')`"
     def __init__(self, models: CaptionModel | Sequence[CaptionModel], # Each with its own encoder and any decoder
@@ -212,7 +263,7 @@ class Captioner:
         opened, encoder = [p if isinstance(p, Image.Image) else open_image(p) for p in photos], (model or self.model).encoder
         return torch.stack([encoder.transform(p.convert('RGB')) for p in opened])
 
-# %% ../nbs/59_captioner.ipynb #4179893c
+# %% ../nbs/59_captioner.ipynb #41284d89
 @patch
 def _apply(self: Captioner, how: Callable, photos: Sequence, options: dict) -> list[list[Hypothesis]]:
     "`how(decoder, grid)` for all `photos`, 32 at a time; `options` over those of the configuration"
@@ -232,7 +283,7 @@ def ids(self: Captioner, words: str) -> list[int]:
         if word not in self.vocab.words: raise ValueError(f'the model does not know the word {word!r}: {nearest(word, self.vocab.words)}')
     return [self.vocab.words.index(word) for word in tokens]
 
-# %% ../nbs/59_captioner.ipynb #08fb2353
+# %% ../nbs/59_captioner.ipynb #9bab9285
 @patch
 def search(self: Captioner, photos: Sequence[str | Path | Image.Image], # n photos
            beam: int | None = None, # Width; None takes the configuration's
@@ -261,7 +312,7 @@ def caption(self: Captioner, photos: str | Path | Image.Image | Sequence, # A pa
     found = [self.vocab.decode(h[0].tokens) for h in self.search([photos] if one else list(photos), beam, **options)]
     return found[0] if one else found
 
-# %% ../nbs/59_captioner.ipynb #829b0da0
+# %% ../nbs/59_captioner.ipynb #dc0067e4
 @patch
 def explain(self: Captioner, photo: str | Path | Image.Image, # One photo
             beam: int | None = None, # Width; None takes the configuration's
@@ -275,7 +326,7 @@ def explain(self: Captioner, photo: str | Path | Image.Image, # One photo
     seen = Image.fromarray(self.images([photo], model)[0].permute(1, 2, 0).numpy())
     return Explanation(seen, [self.vocab.words[i] for i in h.tokens], attention_maps(h, model.encoder.grid), h.score)
 
-# %% ../nbs/59_captioner.ipynb #ce70c3a1
+# %% ../nbs/59_captioner.ipynb #3da80960
 @dataclass
 class Evaluation:
     "Captions of a split and what they score"
