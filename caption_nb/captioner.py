@@ -28,6 +28,7 @@ from .config import Config, make_decoder
 from .data import open_image
 from .decoder import Decoder, dropout
 from .decoding import Hypothesis, evaluating, generate
+from .diversity import fragment_share
 from .encoders import Encoder, load_weights
 from .ensemble import Ensemble
 from .metrics import Scores
@@ -35,7 +36,6 @@ from .ranks import choose_device
 from .sampling import sample as draw
 from .scenes import Grounding
 from .scheduled_sampling import mixed_inputs
-from .scst import fragment_share
 from .text import Vocab, tokenize_all
 
 # %% ../nbs/59_captioner.ipynb #4f71f01f

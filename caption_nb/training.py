@@ -40,6 +40,7 @@ from .checkpoints import (CheckpointError, CheckpointWriter, RunLock, checkpoint
                                     recover_checkpoint, set_random_state, snapshot, state_bytes, weight_bytes)
 from .config import CHANGEABLE, FREE_FIELDS, Config, ConfigError, channel_values, make_decoder
 from .data import CaptionData, load_data
+from .diversity import fragment_share
 from .encoders import Encoder, load_weights, make_encoder
 from .features import FeatureStore, Store, StoreBusy, default_store_path, extract, load_images
 from .images import Augment, ImageStore, default_image_store, store_images
@@ -50,7 +51,7 @@ from .ranks import STOPPED, Ranks, Stopped, count_ranks, launch, sum_gradients, 
 from .scenes import grounding, make_scenes
 from .schedules import Schedule
 from .scheduled_sampling import sampling_ratio
-from .scst import SelfCritical, fragment_share
+from .scst import SelfCritical
 from .text import Vocab, tokenize_all
 from .vectors import WordVectors, read_vectors
 

@@ -9,7 +9,7 @@ from toy import END, PAD, START, Toy
 from caption_nb.attention import AttentionDecoder
 from caption_nb.metrics import CiderD, score_tokens
 from caption_nb.recurrent import RecurrentDecoder
-from caption_nb.scst import Reward, SelfCritical, fragment_share, leave_one_out
+from caption_nb.scst import Reward, SelfCritical, leave_one_out
 from caption_nb.text import Vocab
 from caption_nb.transformer import TransformerDecoder
 
@@ -78,11 +78,6 @@ def test_signature_tells_all():
     assert all(x in a for x in ('CIDErD|', 'eos=yes', 'tok=ptb', '4 training images', 'samples=5', 'baseline=leave_one_out'))
     b = SelfCritical(REFERENCES, VOCAB, samples=3, baseline='greedy', bleu=.5, end=False).signature
     assert all(x in b for x in ('CIDErD+0.5*BLEU4|', 'eos=no', 'samples=3', 'baseline=greedy'))
-
-
-def test_fragments():
-    assert fragment_share([]) == fragment_share(['', '  ']) == 0
-    assert fragment_share(['a dog with a', 'a dog', 'the sea and', 'a boat on']) == .75
 
 
 # ---- baselines --------------------------------------------------------------------------------------------------
