@@ -56,14 +56,15 @@ def run(quick: bool = False) -> list[Result]:
             score({k: hypotheses[i] for k, i in drawn.items()}, {k: references[i] for k, i in drawn.items()}, tokenizer='whitespace',
                   metrics=('bleu', 'cider'))
 
-    many = replace(scores, per_image=dict.fromkeys(range(8*images)), statistics={f: np.tile(s, (8, 1)) for f, s in scores.statistics.items()})
+    tiled = {f: np.tile(s, (8, 1)) for f, s in scores.statistics.items()}
+    many = replace(scores, per_image=dict.fromkeys(range(8*images)), statistics=tiled)
     sizes = dict(images=images, resamples=resamples, peak_MB=round(_peak_MB(lambda: bootstrap(scores, resamples)), 1),
                  peak_MB_of_8_times_the_images=round(_peak_MB(lambda: bootstrap(many, resamples)), 1))
     shortened = {i: ' '.join(h.split()[:-1]) for i, h in hypotheses.items()}
     other = score(shortened, references, tokenizer='whitespace', metrics=('bleu', 'cider'))
     return [compare('bootstrap, scipy.stats.bootstrap', lambda: bootstrap(scores, resamples), lambda: _scipy(scores, resamples), resamples,
                     'resamples/s', rounds=rounds, sizes=sizes),
-            compare('bootstrap, captions scored again', lambda: bootstrap(scores, resamples), again, resamples, 'resamples/s', rounds=rounds,
-                    sizes=sizes, peer_count=3),
+            compare('bootstrap, captions scored again', lambda: bootstrap(scores, resamples), again, resamples,
+                    'resamples/s', rounds=rounds, sizes=sizes, peer_count=3),
             compare('interval and permutation test of a pair, again', lambda: paired(scores, other, resamples), lambda: again(4), resamples,
                     'resamples/s', rounds=rounds, sizes=sizes, peer_count=1)]   # two runs are drawn, and swapped: four scorings
