@@ -9,7 +9,7 @@ __all__ = ['SEARCH', 'GROUPS', 'DECODERS', 'FREE_FIELDS', 'CHANGEABLE', 'SCST_RE
            'field_faults', 'channel_values', 'combination_faults', 'FieldHelp', 'config_help', 'follow_up', 'presets',
            'load_preset']
 
-# %% ../nbs/55_config.ipynb #ee08ea5e
+# %% ../nbs/55_config.ipynb #94e4f54f
 import dataclasses
 import hashlib
 import json
@@ -27,7 +27,7 @@ from .recurrent import RecurrentDecoder
 from .text import Vocab
 from .transformer import TransformerDecoder
 
-# %% ../nbs/55_config.ipynb #ddd20afd
+# %% ../nbs/55_config.ipynb #adec7dc9
 def option(group: str, # Heading under which the field is shown
            default: str | int | float | bool, # Its type is the field's type
            help: str, # Meaning, and unit where there is one
@@ -38,7 +38,7 @@ def option(group: str, # Heading under which the field is shown
     "A dataclass field with its `help` and the limits that `Config.validate` checks"
     return dataclasses.field(default=default, metadata=dict(group=group, help=help, choices=tuple(choices), low=low, high=high))
 
-# %% ../nbs/55_config.ipynb #32d17bc1
+# %% ../nbs/55_config.ipynb #a5cfa345
 @dataclass
 class DataOptions:
     "What to learn from"
@@ -51,7 +51,7 @@ class DataOptions:
     tokenizer: str = option('data', 'ptb', 'what cuts captions into words', choices=('ptb', 'spacy', 'nltk', 'whitespace'))
     max_words: int = option('data', 40, 'longer training captions are cut; words', low=1)
 
-# %% ../nbs/55_config.ipynb #1c0f9f11
+# %% ../nbs/55_config.ipynb #543cc20f
 @dataclass
 class EncoderOptions:
     "What sees the picture"
@@ -70,7 +70,7 @@ class EncoderOptions:
                               'them in memory')
     cache_dir: str = option('encoder', '', 'folder for features, decoded photos and drawn scenes; empty is ~/.cache/caption_nb')
 
-# %% ../nbs/55_config.ipynb #61cb4bce
+# %% ../nbs/55_config.ipynb #40b31366
 @dataclass
 class DecoderOptions:
     "What writes the words"
@@ -120,9 +120,11 @@ class DecodingOptions:
     ban_unk: bool = option('decoding', True, 'never write the unknown word')
 
 
+
+# %% ../nbs/55_config.ipynb #0aefd96c
 SEARCH = tuple(f.name for f in dataclasses.fields(DecodingOptions) if not f.name.endswith('beam')) # fields that change what a search finds
 
-# %% ../nbs/55_config.ipynb #7927c488
+# %% ../nbs/55_config.ipynb #a9b3bd13
 @dataclass
 class TrainingOptions:
     "What is learned, from what, for how long"
@@ -156,7 +158,7 @@ class TrainingOptions:
     log_every: int = option('training', 50, 'steps between lines of metrics.jsonl', low=1)
     seed: int = option('training', 0, 'seed of weights, order of batches, dropout', low=0)
 
-# %% ../nbs/55_config.ipynb #621d65d9
+# %% ../nbs/55_config.ipynb #9c44c2aa
 @dataclass
 class OptimizerOptions:
     "How the weights are changed"
@@ -190,7 +192,7 @@ class ScstOptions:
     scst_bleu: float = option('scst', 0.0, 'weight of BLEU-4 in the reward, beside CIDEr-D', low=0)
     scst_end: bool = option('scst', True, '<end> counts as a word of the reward; without it captions lose their last words')
 
-# %% ../nbs/55_config.ipynb #ee526032
+# %% ../nbs/55_config.ipynb #3a7493fd
 @dataclass
 class MachineOptions:
     "Where it runs"
@@ -213,10 +215,10 @@ class RecordOptions:
     reference_images: int = option('record', 4, 'dev photos whose captions each evaluation notes', low=0)
     tensorboard: bool = option('record', False, 'write event files for TensorBoard too (pip install tensorboard)')
 
-# %% ../nbs/55_config.ipynb #2ea3ec39
+# %% ../nbs/55_config.ipynb #f7a50e62
 GROUPS = ('data', 'encoder', 'decoder', 'training', 'optimizer', 'scst', 'decoding', 'machine', 'record')
 
-# %% ../nbs/55_config.ipynb #ba0727c0
+# %% ../nbs/55_config.ipynb #b321a5bc
 @dataclass(frozen=True)
 class DecoderKind:
     "What a decoder's name in the configuration stands for"
@@ -240,7 +242,7 @@ def _decoders() -> dict[str, DecoderKind]:
 
 DECODERS = _decoders()
 
-# %% ../nbs/55_config.ipynb #33f9cdb8
+# %% ../nbs/55_config.ipynb #e755dbd0
 def decoder_options(config: 'Config') -> dict[str, str | int | float | bool]: # Argument of the constructor → value
     "What `config` says to the decoder's constructor, the usual values filled in"
     kind = DECODERS[config.decoder]
@@ -261,11 +263,11 @@ def make_decoder(config: 'Config', # Which decoder, and its options
         if config.encoder_layers: options['grid_shape'] = list(encoder.grid)
     return kind.make(len(vocab), encoder.dim, pad_id=vocab.pad_id, vector_dim=vector_dim, **options)
 
-# %% ../nbs/55_config.ipynb #ae9f0d56
+# %% ../nbs/55_config.ipynb #4cb4bcec
 class ConfigError(ValueError):
     "A field of `Config` has a name, a type or a value that cannot be"
 
-# %% ../nbs/55_config.ipynb #4ceb2eaf
+# %% ../nbs/55_config.ipynb #d903041f
 @dataclass
 class Config(RecordOptions, MachineOptions, DecodingOptions, ScstOptions, OptimizerOptions, TrainingOptions, DecoderOptions, EncoderOptions,
              DataOptions):
@@ -311,7 +313,7 @@ class Config(RecordOptions, MachineOptions, DecodingOptions, ScstOptions, Optimi
         if faults: raise ConfigError('\n'.join(faults))
         return self
 
-# %% ../nbs/55_config.ipynb #b86ba44c
+# %% ../nbs/55_config.ipynb #0a1a0252
 def typed(name: str, # Field, for the message
           value, # What was given
           kind: type, # What is wanted: str, int, float or bool
@@ -335,7 +337,7 @@ def field_faults(f: dataclasses.Field, value) -> list[str]:
     if limits['high'] is not None and value > limits['high']: return [f'{f.name}={value!r}: must be at most {limits["high"]}']
     return []
 
-# %% ../nbs/55_config.ipynb #ef84d85b
+# %% ../nbs/55_config.ipynb #b7dddee7
 def channel_values(text: str, # '' or '0.5' or '0.485,0.456,0.406'
                    ) -> tuple[float, float, float] | None: # None if empty
     "One number per colour channel from `text`"
@@ -344,7 +346,7 @@ def channel_values(text: str, # '' or '0.5' or '0.485,0.456,0.406'
     if len(values) not in (1, 3): raise ValueError(f'{text!r}: one number or three, separated by commas')
     return values if len(values) == 3 else values*3
 
-# %% ../nbs/55_config.ipynb #072dced7
+# %% ../nbs/55_config.ipynb #404aeeeb
 def combination_faults(config: Config) -> list[str]:
     "What is wrong with values that are each possible, but not together"
     c, faults = config, []
@@ -364,7 +366,7 @@ def combination_faults(config: Config) -> list[str]:
         if getattr(c, name) == 0: faults.append(f'{name}=0.0: must be more than 0')
     return faults
 
-# %% ../nbs/55_config.ipynb #538fb6c9
+# %% ../nbs/55_config.ipynb #2a8b0811
 def _encoder_faults(c: 'Config') -> list[str]:
     learns, faults = c.encoder_learns, []
     if c.encoder == 'scene_cnn':
@@ -409,7 +411,7 @@ def _decoding_faults(c: 'Config') -> list[str]:
     if c.min_len >= c.max_len: faults.append(f'min_len={c.min_len}: must be less than max_len={c.max_len}')
     return faults
 
-# %% ../nbs/55_config.ipynb #049ff41a
+# %% ../nbs/55_config.ipynb #8f1d5b0a
 @dataclass
 class FieldHelp:
     "One line of `config_help`"
@@ -422,7 +424,7 @@ def config_help() -> list[FieldHelp]:
                       f.metadata['help'] + (f'; one of {", ".join(map(repr, c))}' if (c := f.metadata['choices']) else ''))
             for f in dataclasses.fields(Config)]
 
-# %% ../nbs/55_config.ipynb #c9639fe1
+# %% ../nbs/55_config.ipynb #60b10737
 FREE_FIELDS = frozenset(('name', 'runs_dir', 'resume', 'from_run', 'device', 'threads', 'cache_dir', 'features', 'image_store', 'beam',
                          'log_every', 'save_minutes', 'keep_last', 'tensorboard', 'reference_images'))
 CHANGEABLE = FREE_FIELDS | {
@@ -431,7 +433,7 @@ CHANGEABLE = FREE_FIELDS | {
     'feature_dropout', 'crop', 'colour', 'sampling_ratio', 'sampling_start', 'sampling_schedule', 'patience', 'eval_every', 'dev_loss',
     'ranks', 'compile', 'deterministic'}
 
-# %% ../nbs/55_config.ipynb #fea1221b
+# %% ../nbs/55_config.ipynb #b716c0c9
 SCST_RECIPE = dict(stage='scst', epochs=1, lr=2e-5, schedule='constant', warmup_steps=0, label_smoothing=0., feature_dropout=0.,
                    sampling_ratio=0., sampling_start=0., concepts=0., ema=0.98, patience=0, eval_every=1)
 
@@ -444,7 +446,7 @@ def follow_up(config: Config, # Of the run whose weights are taken over
     name = f'{config.name or Path(run).name}-{stage}'[-60:]
     return dataclasses.replace(config, from_run=str(run), resume='', name=name, **(SCST_RECIPE if stage == 'scst' else dict(stage=stage)))
 
-# %% ../nbs/55_config.ipynb #132a8dc4
+# %% ../nbs/55_config.ipynb #c4d65f84
 def presets() -> dict[str, str]: # Name → what it is
     "Every preset that is shipped"
     files = sorted((experiments_folder()/'presets').glob('*.yaml'))
