@@ -7,7 +7,7 @@ __all__ = ['concept_loss', 'CaptionModel', 'description', 'model_files', 'load_e
            'search_signature', 'caption_images', 'attention_maps', 'TeacherForced', 'teacher_forced_sums',
            'teacher_forced', 'Explanation', 'Captioner', 'Evaluation']
 
-# %% ../nbs/59_captioner.ipynb #8c8ae8da
+# %% ../nbs/59_captioner.ipynb #048c3cb4
 import json
 import math
 import tempfile
@@ -39,7 +39,7 @@ from .scenes import Grounding
 from .scheduled_sampling import mixed_inputs
 from .text import Vocab, tokenize_all
 
-# %% ../nbs/59_captioner.ipynb #e85c9de5
+# %% ../nbs/59_captioner.ipynb #8f6882d4
 def concept_loss(scores: Tensor, # (B, L, V) of each word in each cell
                  tokens: Tensor, # (B*k, T) word ids of the captions
                  specials: int = 4, # The first words of the vocabulary, which are no words
@@ -50,7 +50,7 @@ def concept_loss(scores: Tensor, # (B, L, V) of each word in each cell
     found = scores.float().logsumexp(1) - math.log(L)
     return F.binary_cross_entropy_with_logits(found[:, specials:], there[:, specials:])
 
-# %% ../nbs/59_captioner.ipynb #dd01d012
+# %% ../nbs/59_captioner.ipynb #3e6dd81b
 class CaptionModel(nn.Module):
     "An encoder and a decoder: from pixels or stored features to the loss of captions"
     def __init__(self, encoder: Encoder, decoder: Decoder,
@@ -90,7 +90,7 @@ class CaptionModel(nn.Module):
         parts = self.parts(batch, *args, **kwargs)
         return sum(parts.values()), parts['words']
 
-# %% ../nbs/59_captioner.ipynb #67a1f35e
+# %% ../nbs/59_captioner.ipynb #81f065ee
 def description(model: CaptionModel, vocab: Vocab, config: Config) -> dict[str, bytes]: # File name → content
     "The small files of a checkpoint: all but the weights"
     with tempfile.TemporaryDirectory() as scratch: words = vocab.save(Path(scratch)/'vocab.json').read_bytes()
@@ -102,7 +102,7 @@ def model_files(model: CaptionModel, vocab: Vocab, config: Config) -> dict[str, 
     "The files that make `model` usable elsewhere"
     return {'model.safetensors': weight_bytes(model.state_dict())} | description(model, vocab, config)
 
-# %% ../nbs/59_captioner.ipynb #d2eb23e1
+# %% ../nbs/59_captioner.ipynb #0754cfe5
 def load_encoder(folder: str | Path, # A checkpoint or run folder
                  ) -> Encoder: # Not frozen
     "The encoder of the checkpoint in `folder`"
@@ -126,7 +126,7 @@ def load_model(folder: str | Path, # A checkpoint or run folder
     load_weights(decoder, part('decoder.'), str(folder/'model.safetensors'))
     return CaptionModel(encoder.freeze(), decoder.eval()), vocab, config
 
-# %% ../nbs/59_captioner.ipynb #b1ca7fa5
+# %% ../nbs/59_captioner.ipynb #a2ee723b
 def search_options(config: Config, vocab: Vocab) -> dict: # Arguments of `generate`
     "How `config` wants captions to be searched"
     c = config
@@ -166,7 +166,7 @@ def caption_images(model: CaptionModel, # On any device
         if check: check()
     return found
 
-# %% ../nbs/59_captioner.ipynb #fe2952f7
+# %% ../nbs/59_captioner.ipynb #31345fb6
 def attention_maps(hypothesis: Hypothesis, # With attention
                    grid: tuple[int, int], # (gh, gw)
                    ) -> Tensor | None: # (T, gh, gw), or None if the decoder does not attend
@@ -176,7 +176,7 @@ def attention_maps(hypothesis: Hypothesis, # With attention
     if a.ndim == 3: a = a.mean(1)                                  # (T, L)
     return a[:len(hypothesis.tokens)].unflatten(-1, tuple(grid))
 
-# %% ../nbs/59_captioner.ipynb #52f16932
+# %% ../nbs/59_captioner.ipynb #2af4d3e6
 @dataclass(frozen=True)
 class TeacherForced:
     "How well the words of people were foreseen, each after the true words before it"
@@ -200,7 +200,7 @@ class TeacherForced:
         return (f'loss {self.loss:.4f} nats per word, perplexity {self.perplexity:.2f}, top-1 {self.top1:.2%}, top-5 {self.top5:.2%} '
                 f'of {self.words:,} words ({self.unknown:.2%} <unk>)')
 
-# %% ../nbs/59_captioner.ipynb #b95eeeb5
+# %% ../nbs/59_captioner.ipynb #5499939c
 def teacher_forced_sums(model: CaptionModel, # On any device; left in the mode it was in
                         batches: Iterable[Batch], # Images and captions, such as `CaptionBatches(…, shuffle=False)`
                         ) -> Tensor: # (5,) float64: nats, words likeliest, words among the five likeliest, `<unk>`, words
@@ -215,9 +215,10 @@ def teacher_forced_sums(model: CaptionModel, # On any device; left in the mode i
             mask = batch.targets != Vocab.pad_id
             logits, targets = model.decoder.project(hidden[mask]), batch.targets[mask]                         # (words, V), (words,)
             own = logits.gather(1, targets[:, None])
-            rank = logits.shape[1] - 1 - (logits < own).sum(1)                # words that are at least as likely as the true one
+            best = logits.topk(min(6, logits.shape[1])).values
+            first, five = ((own > best[:, n:n + 1]).all(1) for n in (1, 5))   # ahead of the second best, of the sixth best
             nats = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction='none')
-            found = nats, rank < 1, rank < 5, targets == Vocab.unk_id, targets >= 0
+            found = nats, first, five, targets == Vocab.unk_id, targets >= 0
             sums += torch.stack([x.double().sum() for x in found]).cpu()
     return sums
 
@@ -226,7 +227,7 @@ def teacher_forced(model: CaptionModel, batches: Iterable[Batch]) -> TeacherForc
     "Loss, perplexity, top-1 and top-5 accuracy of `model` on the captions of `batches`, under teacher forcing"
     return TeacherForced.of(teacher_forced_sums(model, batches))
 
-# %% ../nbs/59_captioner.ipynb #15c0d37d
+# %% ../nbs/59_captioner.ipynb #1d96416a
 @dataclass
 class Explanation:
     "A caption, and where the decoder looked at each of its words"
@@ -238,7 +239,7 @@ class Explanation:
     @property
     def caption(self) -> str: return ' '.join(self.words)
 
-# %% ../nbs/59_captioner.ipynb #074b38a8
+# %% ../nbs/59_captioner.ipynb #5d2dbd6e
 class Captioner:
     "A trained model that captions images, or several that vote: `Captioner.load(folder).caption('photo.jpg')`"
     def __init__(self, models: CaptionModel | Sequence[CaptionModel], # Each with its own encoder and any decoder
@@ -273,7 +274,7 @@ class Captioner:
         opened, encoder = [p if isinstance(p, Image.Image) else open_image(p) for p in photos], (model or self.model).encoder
         return torch.stack([encoder.transform(p.convert('RGB')) for p in opened])
 
-# %% ../nbs/59_captioner.ipynb #3f0bc6b9
+# %% ../nbs/59_captioner.ipynb #92d5617e
 @patch
 def _apply(self: Captioner, how: Callable, photos: Sequence, options: dict) -> list[list[Hypothesis]]:
     "`how(decoder, grid)` for all `photos`, 32 at a time; `options` over those of the configuration"
@@ -293,7 +294,7 @@ def ids(self: Captioner, words: str) -> list[int]:
         if word not in self.vocab.words: raise ValueError(f'the model does not know the word {word!r}: {nearest(word, self.vocab.words)}')
     return [self.vocab.words.index(word) for word in tokens]
 
-# %% ../nbs/59_captioner.ipynb #1c742f2b
+# %% ../nbs/59_captioner.ipynb #3a8a465a
 @patch
 def search(self: Captioner, photos: Sequence[str | Path | Image.Image], # n photos
            beam: int | None = None, # Width; None takes the configuration's
@@ -322,7 +323,7 @@ def caption(self: Captioner, photos: str | Path | Image.Image | Sequence, # A pa
     found = [self.vocab.decode(h[0].tokens) for h in self.search([photos] if one else list(photos), beam, **options)]
     return found[0] if one else found
 
-# %% ../nbs/59_captioner.ipynb #e1d16d6a
+# %% ../nbs/59_captioner.ipynb #ef86d62b
 @patch
 def explain(self: Captioner, photo: str | Path | Image.Image, # One photo
             beam: int | None = None, # Width; None takes the configuration's
@@ -336,7 +337,7 @@ def explain(self: Captioner, photo: str | Path | Image.Image, # One photo
     seen = Image.fromarray(self.images([photo], model)[0].permute(1, 2, 0).numpy())
     return Explanation(seen, [self.vocab.words[i] for i in h.tokens], attention_maps(h, model.encoder.grid), h.score)
 
-# %% ../nbs/59_captioner.ipynb #8cab38d0
+# %% ../nbs/59_captioner.ipynb #c8157f4a
 @dataclass
 class Evaluation:
     "Captions of a split and what they score"

@@ -81,7 +81,8 @@ def test_captions_of_a_thousand_words_score_as_with_the_original():
 def test_more_words_than_sixteen_bits_can_number_are_sorted_in_two_passes():
     from caption_nb.metrics import _by_word
     many = [str(k) for k in range(70_000)]
-    check([' '.join(many), 'a 5 69998 69999 5'], [[' '.join(many[65_530:]), '69998 69999 65541'], ['5 69998 69999', 'a 65541 5']])
+    hyps = [' '.join(many[k:k + 1000]) for k in range(0, len(many), 1000)]
+    check(hyps, [[f'a {k} 5 69998 69999', f'{k} {k + 1} 65541'] for k in range(0, len(many), 1000)])
     words = np.random.default_rng(1).integers(0, 1 << 20, 1000)
     np.testing.assert_array_equal(_by_word(words), np.argsort(words, kind='stable'))
 
