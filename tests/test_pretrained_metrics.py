@@ -297,7 +297,7 @@ def directly(clip, photos):
         left, top = (photo.width - 16)//2, (photo.height - 16)//2
         x = (np.asarray(photo.crop((left, top, left + 16, top + 16)), np.float64)/255 - config['image_mean'])/config['image_std']
         return vector(model.get_image_features(pixel_values=torch.tensor(x).permute(2, 0, 1)[None].float()))
-    def text(words): return vector(model.get_text_features(**tokenizer('A photo depicts ' + words, return_tensors='pt')))
+    def text(words): return vector(model.get_text_features(input_ids=tokenizer('A photo depicts ' + words, return_tensors='pt')['input_ids']))
     with torch.no_grad():
         first = {i: 2.5*max(float(image(photos[i]) @ text(c)), 0) for i, c in CAPTIONS.items()}
         near = {i: max(max(float(text(c) @ text(r)) for r in REFERENCES[i]), 0) for i, c in CAPTIONS.items()}
@@ -432,6 +432,11 @@ def test_siglip_sees_its_padding(clip, photos, tmp_path):
                                                        vision_config=dict(**small, image_size=16, patch_size=8))).save_pretrained(folder)
     a, b = (score_of(folder, batch_size=n)(CAPTIONS, photos, REFERENCES) for n in (1, 32))
     np.testing.assert_allclose(a.ref_clip.per_image, b.ref_clip.per_image, atol=1e-6)
+    model, tokenizer = transformers.SiglipModel.from_pretrained(folder).eval(), transformers.AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer('A photo depicts red', padding='max_length', max_length=12, return_tensors='pt')['input_ids']
+    with torch.no_grad(): out = model.get_text_features(input_ids=ids)
+    out = getattr(out, 'pooler_output', out)[0]
+    np.testing.assert_allclose(score_of(folder).embed_texts(['red'])[0][0], out/out.norm(), atol=1e-6)
     assert a.clip.name.startswith('CLIPScore(tiny-siglip@')
 
 
