@@ -7,12 +7,12 @@ __all__ = ['concept_loss', 'CaptionModel', 'description', 'model_files', 'load_e
            'search_signature', 'caption_images', 'attention_maps', 'TeacherForced', 'teacher_forced_sums',
            'teacher_forced', 'Explanation', 'Captioner', 'Evaluation']
 
-# %% ../nbs/59_captioner.ipynb #048c3cb4
+# %% ../nbs/59_captioner.ipynb #aebc0813
 import json
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from .decoding import Hypothesis, evaluating, generate
 from .diversity import fragment_share
 from .encoders import Encoder, load_weights
 from .ensemble import Ensemble
+from .guard import Finding
 from .metrics import Scores
 from .ranks import choose_device
 from .sampling import sample as draw
@@ -39,7 +40,7 @@ from .scenes import Grounding
 from .scheduled_sampling import mixed_inputs
 from .text import Vocab, tokenize_all
 
-# %% ../nbs/59_captioner.ipynb #8f6882d4
+# %% ../nbs/59_captioner.ipynb #beb4387e
 def concept_loss(scores: Tensor, # (B, L, V) of each word in each cell
                  tokens: Tensor, # (B*k, T) word ids of the captions
                  specials: int = 4, # The first words of the vocabulary, which are no words
@@ -50,7 +51,7 @@ def concept_loss(scores: Tensor, # (B, L, V) of each word in each cell
     found = scores.float().logsumexp(1) - math.log(L)
     return F.binary_cross_entropy_with_logits(found[:, specials:], there[:, specials:])
 
-# %% ../nbs/59_captioner.ipynb #3e6dd81b
+# %% ../nbs/59_captioner.ipynb #768ed151
 class CaptionModel(nn.Module):
     "An encoder and a decoder: from pixels or stored features to the loss of captions"
     def __init__(self, encoder: Encoder, decoder: Decoder,
@@ -90,7 +91,7 @@ class CaptionModel(nn.Module):
         parts = self.parts(batch, *args, **kwargs)
         return sum(parts.values()), parts['words']
 
-# %% ../nbs/59_captioner.ipynb #81f065ee
+# %% ../nbs/59_captioner.ipynb #e0ae92fe
 def description(model: CaptionModel, vocab: Vocab, config: Config) -> dict[str, bytes]: # File name → content
     "The small files of a checkpoint: all but the weights"
     with tempfile.TemporaryDirectory() as scratch: words = vocab.save(Path(scratch)/'vocab.json').read_bytes()
@@ -102,7 +103,7 @@ def model_files(model: CaptionModel, vocab: Vocab, config: Config) -> dict[str, 
     "The files that make `model` usable elsewhere"
     return {'model.safetensors': weight_bytes(model.state_dict())} | description(model, vocab, config)
 
-# %% ../nbs/59_captioner.ipynb #0754cfe5
+# %% ../nbs/59_captioner.ipynb #95e87e8c
 def load_encoder(folder: str | Path, # A checkpoint or run folder
                  ) -> Encoder: # Not frozen
     "The encoder of the checkpoint in `folder`"
@@ -126,7 +127,7 @@ def load_model(folder: str | Path, # A checkpoint or run folder
     load_weights(decoder, part('decoder.'), str(folder/'model.safetensors'))
     return CaptionModel(encoder.freeze(), decoder.eval()), vocab, config
 
-# %% ../nbs/59_captioner.ipynb #a2ee723b
+# %% ../nbs/59_captioner.ipynb #706e3202
 def search_options(config: Config, vocab: Vocab) -> dict: # Arguments of `generate`
     "How `config` wants captions to be searched"
     c = config
@@ -166,7 +167,7 @@ def caption_images(model: CaptionModel, # On any device
         if check: check()
     return found
 
-# %% ../nbs/59_captioner.ipynb #31345fb6
+# %% ../nbs/59_captioner.ipynb #d95f8740
 def attention_maps(hypothesis: Hypothesis, # With attention
                    grid: tuple[int, int], # (gh, gw)
                    ) -> Tensor | None: # (T, gh, gw), or None if the decoder does not attend
@@ -176,7 +177,7 @@ def attention_maps(hypothesis: Hypothesis, # With attention
     if a.ndim == 3: a = a.mean(1)                                  # (T, L)
     return a[:len(hypothesis.tokens)].unflatten(-1, tuple(grid))
 
-# %% ../nbs/59_captioner.ipynb #2af4d3e6
+# %% ../nbs/59_captioner.ipynb #c8334525
 @dataclass(frozen=True)
 class TeacherForced:
     "How well the words of people were foreseen, each after the true words before it"
@@ -200,7 +201,7 @@ class TeacherForced:
         return (f'loss {self.loss:.4f} nats per word, perplexity {self.perplexity:.2f}, top-1 {self.top1:.2%}, top-5 {self.top5:.2%} '
                 f'of {self.words:,} words ({self.unknown:.2%} <unk>)')
 
-# %% ../nbs/59_captioner.ipynb #5499939c
+# %% ../nbs/59_captioner.ipynb #e566decd
 def teacher_forced_sums(model: CaptionModel, # On any device; left in the mode it was in
                         batches: Iterable[Batch], # Images and captions, such as `CaptionBatches(…, shuffle=False)`
                         ) -> Tensor: # (5,) float64: nats, words likeliest, words among the five likeliest, `<unk>`, words
@@ -227,7 +228,7 @@ def teacher_forced(model: CaptionModel, batches: Iterable[Batch]) -> TeacherForc
     "Loss, perplexity, top-1 and top-5 accuracy of `model` on the captions of `batches`, under teacher forcing"
     return TeacherForced.of(teacher_forced_sums(model, batches))
 
-# %% ../nbs/59_captioner.ipynb #1d96416a
+# %% ../nbs/59_captioner.ipynb #0c44f47a
 @dataclass
 class Explanation:
     "A caption, and where the decoder looked at each of its words"
@@ -239,7 +240,7 @@ class Explanation:
     @property
     def caption(self) -> str: return ' '.join(self.words)
 
-# %% ../nbs/59_captioner.ipynb #5d2dbd6e
+# %% ../nbs/59_captioner.ipynb #c8a0c0c2
 class Captioner:
     "A trained model that captions images, or several that vote: `Captioner.load(folder).caption('photo.jpg')`"
     def __init__(self, models: CaptionModel | Sequence[CaptionModel], # Each with its own encoder and any decoder
@@ -274,7 +275,7 @@ class Captioner:
         opened, encoder = [p if isinstance(p, Image.Image) else open_image(p) for p in photos], (model or self.model).encoder
         return torch.stack([encoder.transform(p.convert('RGB')) for p in opened])
 
-# %% ../nbs/59_captioner.ipynb #92d5617e
+# %% ../nbs/59_captioner.ipynb #21216056
 @patch
 def _apply(self: Captioner, how: Callable, photos: Sequence, options: dict) -> list[list[Hypothesis]]:
     "`how(decoder, grid)` for all `photos`, 32 at a time; `options` over those of the configuration"
@@ -294,7 +295,7 @@ def ids(self: Captioner, words: str) -> list[int]:
         if word not in self.vocab.words: raise ValueError(f'the model does not know the word {word!r}: {nearest(word, self.vocab.words)}')
     return [self.vocab.words.index(word) for word in tokens]
 
-# %% ../nbs/59_captioner.ipynb #3a8a465a
+# %% ../nbs/59_captioner.ipynb #d21e1d93
 @patch
 def search(self: Captioner, photos: Sequence[str | Path | Image.Image], # n photos
            beam: int | None = None, # Width; None takes the configuration's
@@ -323,7 +324,7 @@ def caption(self: Captioner, photos: str | Path | Image.Image | Sequence, # A pa
     found = [self.vocab.decode(h[0].tokens) for h in self.search([photos] if one else list(photos), beam, **options)]
     return found[0] if one else found
 
-# %% ../nbs/59_captioner.ipynb #ef86d62b
+# %% ../nbs/59_captioner.ipynb #09632f97
 @patch
 def explain(self: Captioner, photo: str | Path | Image.Image, # One photo
             beam: int | None = None, # Width; None takes the configuration's
@@ -337,7 +338,7 @@ def explain(self: Captioner, photo: str | Path | Image.Image, # One photo
     seen = Image.fromarray(self.images([photo], model)[0].permute(1, 2, 0).numpy())
     return Explanation(seen, [self.vocab.words[i] for i in h.tokens], attention_maps(h, model.encoder.grid), h.score)
 
-# %% ../nbs/59_captioner.ipynb #c8157f4a
+# %% ../nbs/59_captioner.ipynb #d5ce299e
 @dataclass
 class Evaluation:
     "Captions of a split and what they score"
@@ -347,11 +348,13 @@ class Evaluation:
     scores: Scores # Against all references
     hypotheses: dict[str, Hypothesis] # Image id → caption as found, with attention
     grounding: Grounding | None = None # Scenes only
+    findings: list[Finding] = field(default_factory=list) # What the protocol guard stamps on the scores
 
     def to_dict(self) -> dict:
         "For results.json"
         row = dict(scores=self.scores.corpus, signature=self.scores.signature, beam=self.beam, images=len(self.captions),
                    words=sum(len(h.tokens) for h in self.hypotheses.values())/max(1, len(self.captions)),
                    distinct_words=len({w for c in self.captions.values() for w in c.split()}), fragments=fragment_share(self.captions.values()))
+        if self.findings: row['findings'] = [asdict(f) for f in self.findings]
         if g := self.grounding: row['grounding'] = dict(pointing=g.pointing, chance=g.chance, ratio=g.ratio, words=g.n)
         return row

@@ -7,7 +7,7 @@ __all__ = ['PROGRESS', 'COUNTED', 'default_cache', 'prepare_data', 'prepare_enco
            'prepare_pixels', 'Machine', 'autocast', 'time_step', 'choose_machine', 'Trainer', 'count_targets',
            'memory_hint', 'give_back_memory', 'Interrupted', 'demo_config', 'main']
 
-# %% ../nbs/60_training.ipynb #90eb79da
+# %% ../nbs/60_training.ipynb #030f73a3
 import copy
 import ctypes
 import hashlib
@@ -43,6 +43,7 @@ from .data import CaptionData, load_data
 from .diversity import fragment_share
 from .encoders import Encoder, load_weights, make_encoder
 from .features import FeatureStore, Store, StoreBusy, default_store_path, extract, load_images
+from .guard import check_captions, check_run, enforce, record_look
 from .images import Augment, ImageStore, default_image_store, store_images
 from .meters import EventFiles, Meter, merge_states
 from .metrics import score
@@ -55,7 +56,7 @@ from .scst import SelfCritical
 from .text import Vocab, tokenize_all
 from .vectors import WordVectors, read_vectors
 
-# %% ../nbs/60_training.ipynb #1a7797df
+# %% ../nbs/60_training.ipynb #27b5b876
 def default_cache(config: Config | None = None) -> Path:
     "Where features, decoded photos and drawn scenes are kept"
     if config and config.cache_dir: return Path(config.cache_dir).expanduser()
@@ -88,7 +89,7 @@ def prepare_encoder(config: Config,
     if c.finetune_from >= 0: return encoder.finetune(c.finetune_from)
     return encoder if c.encoder_learns else encoder.freeze()
 
-# %% ../nbs/60_training.ipynb #23b0cd27
+# %% ../nbs/60_training.ipynb #65f63236
 def checked_store(path: Path, data: CaptionData, encoder: Encoder, ids: Sequence[str], views: Sequence[str]) -> FeatureStore:
     "The store at `path`, refused unless it has the `views` of all `ids` by this `encoder`; it may hold more"
     store = FeatureStore(path, expect=dict(encoder=encoder.spec))
@@ -109,7 +110,7 @@ def _once(make: Callable[..., Store], *what, quiet: bool, **options) -> Store:
         waiting = True
         time.sleep(1)
 
-# %% ../nbs/60_training.ipynb #8b892f61
+# %% ../nbs/60_training.ipynb #54d45a34
 def prepare_features(config: Config, data: CaptionData, encoder: Encoder, quiet: bool = False) -> FeatureStore:
     "The features of all images of `data`, from the file that `config` names or from the cache; extracted if they are not there"
     ids = [id for split in data.splits.values() for id in split]
@@ -129,7 +130,7 @@ def prepare_pixels(config: Config, data: CaptionData, encoder: Encoder, quiet: b
     if config.image_store == 'auto': path = default_image_store(data, encoder.preprocess, default_cache(config)/'images')
     return _once(store_images, data, encoder.preprocess, path, ids, quiet=quiet)
 
-# %% ../nbs/60_training.ipynb #095a49cb
+# %% ../nbs/60_training.ipynb #a057bb6a
 @dataclass
 class Machine:
     "How steps are computed, and how long a step took in each of the ways tried"
@@ -158,7 +159,7 @@ def time_step(model: CaptionModel, # Trained on nothing: gradients are thrown aw
         model.zero_grad(set_to_none=True)
     return min(times[1:])
 
-# %% ../nbs/60_training.ipynb #765e0829
+# %% ../nbs/60_training.ipynb #e4139aaf
 def choose_machine(config: Config, # `threads` and `precision`: what it fixes is not measured
                    model: CaptionModel, # Not changed
                    batch: Batch, # A typical one, on the model's device
@@ -187,7 +188,7 @@ def choose_machine(config: Config, # `threads` and `precision`: what it fixes is
     finally: torch.set_num_threads(most)
     return Machine(best[1], best[2], seconds)
 
-# %% ../nbs/60_training.ipynb #fd608020
+# %% ../nbs/60_training.ipynb #e60f29a1
 PROGRESS = ('step', 'epoch', 'seconds', 'best', 'best_epoch', 'bad', 'stalled', 'scale', 'stopped')   # of a run, kept in its checkpoints
 
 
@@ -226,7 +227,7 @@ class Trainer:
         "Steps in all"
         return self.config.epochs*self.per_epoch
 
-# %% ../nbs/60_training.ipynb #ddc22b23
+# %% ../nbs/60_training.ipynb #5c46ea0e
 @patch
 def prepare(self: Trainer) -> Trainer:
     "Data, vocabulary, encoder, features, model, optimiser; and the state of the last sound checkpoint, if there is one"
@@ -272,7 +273,7 @@ def _one_after_the_other(self: Trainer) -> Iterator[None]:
     yield
     if self.ranks.main: self.ranks.barrier()
 
-# %% ../nbs/60_training.ipynb #c2bd9934
+# %% ../nbs/60_training.ipynb #2b0095b0
 @patch
 def _prepare_sources(self: Trainer, encoder: Encoder, epoch: int):
     "Features as long as the encoder does not learn, pixels from then on"
@@ -317,7 +318,7 @@ def _read_vectors(self: Trainer) -> WordVectors:
     counts = Counter(word for words in tokenize_all(self.data.train_captions(), c.tokenizer) for word in words)
     return read_vectors(c.word_vectors, self.vocab.words, counts, c.seed, self.quiet)
 
-# %% ../nbs/60_training.ipynb #2b7b2053
+# %% ../nbs/60_training.ipynb #09b050f1
 @patch
 def _prepare_batches(self: Trainer):
     c, ranks = self.config, self.ranks
@@ -357,7 +358,7 @@ def _enter_epoch(self: Trainer):
     self.batches.set_epoch(self.epoch)
     self.model.train()
 
-# %% ../nbs/60_training.ipynb #b584c1ec
+# %% ../nbs/60_training.ipynb #b9aea6ee
 @patch
 def state(self: Trainer) -> dict:
     "All that resuming needs besides the weights, as numbers, text and tensors"
@@ -374,7 +375,7 @@ def _fingerprints(self: Trainer) -> dict[str, str]:
     digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
     return dict(data=self.data.fingerprint, vocab=self.vocab.fingerprint, features=digest)
 
-# %% ../nbs/60_training.ipynb #cab22832
+# %% ../nbs/60_training.ipynb #5cf2e76d
 @patch
 def save(self: Trainer, name: str, # 'last' or 'best'
          wait: bool = False, # Until it is on the disk
@@ -407,7 +408,7 @@ def _encoder_file(self: Trainer) -> Path:
         atomic_write(path, weight_bytes({f'encoder.{n}': t for n, t in encoder.state_dict().items()}))
     return path
 
-# %% ../nbs/60_training.ipynb #ee460b83
+# %% ../nbs/60_training.ipynb #55c2b6df
 @patch
 def _take_up(self: Trainer, state: dict):
     "Go on where the checkpoint with `state` was written; the weights are there already"
@@ -434,7 +435,7 @@ def _use(self: Trainer, machine: Machine, scaler: dict | None = None):
     self.machine, self.scaler = machine, make_scaler(machine.precision, self.device)
     if scaler: self.scaler.load_state_dict(scaler)
 
-# %% ../nbs/60_training.ipynb #55d9c7c1
+# %% ../nbs/60_training.ipynb #01a8db79
 @patch
 def _changes(self: Trainer, state: dict) -> dict[str, list]: # Field → what it was, what it is
     then, now = state['config'], self.config.to_dict()
@@ -451,7 +452,7 @@ def _check_same(self: Trainer, state: dict):
     if other: raise ConfigError(f'{self.run} cannot be continued with this configuration: {"; ".join(other)}. '
                                 'Change it back, or start a new run (--from takes over the weights)')
 
-# %% ../nbs/60_training.ipynb #26ac00fb
+# %% ../nbs/60_training.ipynb #e2e3eadd
 COUNTED = {'words': 0, 'concepts': 2, 'scst': 2}   # what a part of the loss is a mean over: words, captions (the others) or images
 
 
@@ -482,7 +483,7 @@ def _parts(self: Trainer, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Te
     parts = self.model.parts(batch, c.label_smoothing, self.vocab.pad_id, own)
     return parts, dict(loss=parts['words'].detach())
 
-# %% ../nbs/60_training.ipynb #caa57ce6
+# %% ../nbs/60_training.ipynb #b142f503
 @patch
 def train_step(self: Trainer, batches: Sequence[Batch]): # One, or as many as are accumulated; a rank's share may be empty
     "Forward, backward and update on the captions of all `batches`"
@@ -519,7 +520,7 @@ def train_step(self: Trainer, batches: Sequence[Batch]): # One, or as many as ar
     self.tick = now
     if self.step % c.log_every == 0: self.log_steps()
 
-# %% ../nbs/60_training.ipynb #b1059eab
+# %% ../nbs/60_training.ipynb #bef5105e
 @patch
 def _sum_over_ranks(self: Trainer, logged: dict[str, Tensor | float]) -> dict[str, Tensor | float]:
     "Sum gradients, and the numbers in `logged`, over the ranks"
@@ -558,7 +559,7 @@ def memory_hint(config: Config) -> Iterator[None]:
                           f'image_size, precision=\'bf16\'; eval_beam ({config.eval_beam}) if it happened at an evaluation. What was saved '
                           f'is not lost. ({str(e).splitlines()[0][:200]})') from e
 
-# %% ../nbs/60_training.ipynb #de55316c
+# %% ../nbs/60_training.ipynb #c518d036
 @patch
 def _settle(self: Trainer):
     "Turn what is known of the last steps into plain numbers, and see that they are numbers"
@@ -595,7 +596,7 @@ def log(self: Trainer, **values):
         self.events = self.events or EventFiles(self.run/'events', self.begun)
         self.events.write(row)
 
-# %% ../nbs/60_training.ipynb #4914a425
+# %% ../nbs/60_training.ipynb #1c06206a
 @patch
 def end_epoch(self: Trainer):
     "Log, score the dev split, keep the best, write the checkpoint"
@@ -632,7 +633,7 @@ def give_back_memory():
     try: ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError, TypeError): pass   # not glibc
 
-# %% ../nbs/60_training.ipynb #d0060747
+# %% ../nbs/60_training.ipynb #503c1360
 @patch
 def _captions_of(self: Trainer, model: CaptionModel, ids: Sequence[str], width: int, attention: bool = False) -> dict: # Id → Hypothesis
     "The captions of `ids`, each rank writing a share of them; every rank gets all"
@@ -671,7 +672,7 @@ def judge(self: Trainer, value: float, # Higher is better
     if c.schedule == 'plateau' and self.stalled > c.plateau_patience: self.scale, self.stalled = max(self.scale*c.plateau_factor, c.lr_floor), 0
     self.stopped = bool(c.patience) and self.bad >= c.patience
 
-# %% ../nbs/60_training.ipynb #dbcf26a6
+# %% ../nbs/60_training.ipynb #a61d8295
 class Interrupted(Exception):
     "Somebody wants the run to stop; its state is as at the last step"
 
@@ -710,7 +711,7 @@ def _begin(self: Trainer):
     if self.machine.threads: torch.set_num_threads(self.machine.threads)
     self.save('last')
 
-# %% ../nbs/60_training.ipynb #3fe91423
+# %% ../nbs/60_training.ipynb #dfc15a64
 @patch
 def _loop(self: Trainer, show: Callable):
     c, saved, shown = self.config, time.monotonic(), time.monotonic()
@@ -750,7 +751,7 @@ def _grant(self: Trainer, saved: float) -> float: # Time of the latest checkpoin
     self.save('last')
     return time.monotonic()
 
-# %% ../nbs/60_training.ipynb #cefeadb3
+# %% ../nbs/60_training.ipynb #bcd2c6d8
 @patch
 def _groups(self: Trainer, show: Callable) -> Iterator[list[Batch]]:
     "The batches of each step, epoch after epoch"
@@ -771,7 +772,7 @@ def status(self: Trainer) -> str:
     dev = f', dev {self.config.monitor} {abs(self.best):.3f} (epoch {self.best_epoch})' if self.best > -math.inf else ''
     return f'epoch {min(self.epoch + 1, self.config.epochs)}/{self.config.epochs}{loss}{dev}'
 
-# %% ../nbs/60_training.ipynb #ef197869
+# %% ../nbs/60_training.ipynb #8313b338
 @patch
 def _sample_batch(self: Trainer) -> Batch:
     batches = copy.copy(self.batches)   # a copy: the place in the order stays what it is
@@ -813,7 +814,7 @@ def _loop_settings(self: Trainer) -> Iterator[None]:
         torch.use_deterministic_algorithms(deterministic)
         for s, handler in before.items(): signal.signal(s, handler)
 
-# %% ../nbs/60_training.ipynb #afffa012
+# %% ../nbs/60_training.ipynb #ac7a25c4
 @patch
 def _fit_by_ranks(self: Trainer, show: Callable) -> list[dict]:
     "Start the ranks, follow them to the end, and take up what they have learnt"
@@ -835,19 +836,21 @@ def _fit_by_ranks(self: Trainer, show: Callable) -> list[dict]:
     self.ready = False
     return self.history
 
-# %% ../nbs/60_training.ipynb #977288cf
+# %% ../nbs/60_training.ipynb #c3eec438
 @patch
 def evaluate(self: Trainer, split: str = 'dev', # Which split
              width: int | None = None, # Beam width; None takes the configuration's
              ) -> Evaluation:
     "Caption `split` with the best checkpoint and score it; writes captions_<split>.json and results.json"
     if self.model is None: self.prepare(); self.lock.release(); self.ready = False
-    model = Captioner.load(self.checkpoints/'best', str(self.device)).model
-    vocab, width, start = self.vocab, self.config.beam if width is None else width, time.perf_counter()
+    best, references = Captioner.load(self.checkpoints/'best', str(self.device)), self.data.references(split)
+    model, vocab, width, start = best.model, best.vocab, self.config.beam if width is None else width, time.perf_counter()
+    findings = enforce(check_run(self.run, self.data, split, vocab, self.config.to_dict()))
     found = self._captions_of(model, self.data.ids(split), width, attention=True)
     captions = {id: vocab.decode(h.tokens) for id, h in found.items()}
-    about = dict(split=split) | search_signature(self.config, width)
-    result = Evaluation(split, width, captions, score(captions, self.data.references(split), about=about), found)
+    findings += enforce(check_captions(captions, references, references))
+    scores = score(captions, references, about=dict(split=split) | search_signature(self.config, width))
+    result = Evaluation(split, width, captions, scores, found, findings=findings)
     maps = {id: attention_maps(h, model.encoder.grid) for id, h in found.items()}
     if self.data.boxes and all(m is not None for m in maps.values()):
         result.grounding = grounding(self.data, {id: [vocab.words[i] for i in h.tokens] for id, h in found.items()}, maps)
@@ -864,13 +867,12 @@ def _write_results(self: Trainer, result: Evaluation):
     results = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
     trained = results.get('seconds') != round(self.seconds, 1)   # since then; a later evaluation, elsewhere perhaps, costs the training nothing
     if trained or 'cost' not in results: results['cost'] = self.meter.summary(max(self.ranks.size, self._ranks_wanted()))
-    found = result.to_dict()
-    if result.split != 'dev': found['looks'] = results.get(result.split, {}).get('looks', 0) + 1   # once is the rule
+    found = result.to_dict() | (record_look(results, result.split, self.step) if result.split != 'dev' else {})
     results |= {result.split: found, 'best_epoch': self.best_epoch, 'seconds': round(self.seconds, 1)}
     if self.critic: results['reward'] = self.critic.signature
     atomic_write(path, json.dumps(results, indent=1) + '\n')
 
-# %% ../nbs/60_training.ipynb #bc61a46b
+# %% ../nbs/60_training.ipynb #eb1af9e3
 @patch
 def teacher_forced(self: Trainer, split: str = 'dev', # Which split
                    ) -> TeacherForced: # The same on every rank
@@ -883,7 +885,7 @@ def teacher_forced(self: Trainer, split: str = 'dev', # Which split
                              rank=ranks.rank, ranks=ranks.size)
     return TeacherForced.of(ranks.sum_(teacher_forced_sums(model, batches)))
 
-# %% ../nbs/60_training.ipynb #e13efb17
+# %% ../nbs/60_training.ipynb #0823ba9b
 def demo_config(**changes, # Fields to set otherwise
                 ) -> Config:
     "The configuration of the demo: 2,000 drawn scenes, a small encoder trained jointly"
@@ -893,7 +895,7 @@ def demo_config(**changes, # Fields to set otherwise
                 threads=1)   # its operations are so small that a second thread mostly waits
     return Config.from_dict(demo | changes)
 
-# %% ../nbs/60_training.ipynb #4142d9e1
+# %% ../nbs/60_training.ipynb #e8e941f2
 def main(arguments: Sequence[str] | None = None) -> int:
     "`python -m caption_nb.training RUN`: train the run folder's config.json to the end and evaluate on dev; one rank, or all of them"
     arguments = sys.argv[1:] if arguments is None else list(arguments)
