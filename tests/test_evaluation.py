@@ -146,7 +146,8 @@ def test_any_json_is_read_or_refused_with_its_name(tmp_path_factory, content):
 # ---- references -------------------------------------------------------------------------------------------------
 
 REFERENCES = {'captions_val.json': coco(), 'dataset_coco.json': karpathy(), 'dict.json': TRUTH, 'Flickr.token.txt': tokens(),
-              'captions.txt': table(), 'ids.csv': table(header='image_id,caption'), 'rows.json': rows(TRUTH), 'rows.jsonl': '\n'.join(map(json.dumps, rows(TRUTH))),
+              'captions.txt': table(), 'ids.csv': table(header='image_id,caption'), 'rows.json': rows(TRUTH),
+              'rows.jsonl': '\n'.join(map(json.dumps, rows(TRUTH))),
               'gts.json': {i: rows({i: cs}) for i, cs in TRUTH.items()}}
 SPELLINGS = {'numbers': int, 'text': str, 'file names': NAMES.get, 'stems': lambda i: NAMES[i][:-4], '2017': lambda i: f'{i:012}.jpg',
              'with folder': lambda i: f'val2014/{NAMES[i]}'}
