@@ -7,7 +7,7 @@ __all__ = ['concept_loss', 'CaptionModel', 'description', 'model_files', 'load_e
            'search_signature', 'caption_images', 'attention_maps', 'TeacherForced', 'teacher_forced_sums',
            'teacher_forced', 'Explanation', 'Captioner', 'Evaluation']
 
-# %% ../nbs/59_captioner.ipynb #aebc0813
+# %% ../nbs/59_captioner.ipynb #21edc3eb
 import json
 import math
 import tempfile
@@ -40,7 +40,7 @@ from .scenes import Grounding
 from .scheduled_sampling import mixed_inputs
 from .text import Vocab, tokenize_all
 
-# %% ../nbs/59_captioner.ipynb #beb4387e
+# %% ../nbs/59_captioner.ipynb #248dcf1a
 def concept_loss(scores: Tensor, # (B, L, V) of each word in each cell
                  tokens: Tensor, # (B*k, T) word ids of the captions
                  specials: int = 4, # The first words of the vocabulary, which are no words
@@ -51,7 +51,7 @@ def concept_loss(scores: Tensor, # (B, L, V) of each word in each cell
     found = scores.float().logsumexp(1) - math.log(L)
     return F.binary_cross_entropy_with_logits(found[:, specials:], there[:, specials:])
 
-# %% ../nbs/59_captioner.ipynb #768ed151
+# %% ../nbs/59_captioner.ipynb #470e661b
 class CaptionModel(nn.Module):
     "An encoder and a decoder: from pixels or stored features to the loss of captions"
     def __init__(self, encoder: Encoder, decoder: Decoder,
@@ -91,7 +91,7 @@ class CaptionModel(nn.Module):
         parts = self.parts(batch, *args, **kwargs)
         return sum(parts.values()), parts['words']
 
-# %% ../nbs/59_captioner.ipynb #e0ae92fe
+# %% ../nbs/59_captioner.ipynb #88781cb7
 def description(model: CaptionModel, vocab: Vocab, config: Config) -> dict[str, bytes]: # File name → content
     "The small files of a checkpoint: all but the weights"
     with tempfile.TemporaryDirectory() as scratch: words = vocab.save(Path(scratch)/'vocab.json').read_bytes()
@@ -103,7 +103,7 @@ def model_files(model: CaptionModel, vocab: Vocab, config: Config) -> dict[str, 
     "The files that make `model` usable elsewhere"
     return {'model.safetensors': weight_bytes(model.state_dict())} | description(model, vocab, config)
 
-# %% ../nbs/59_captioner.ipynb #95e87e8c
+# %% ../nbs/59_captioner.ipynb #64344fd7
 def load_encoder(folder: str | Path, # A checkpoint or run folder
                  ) -> Encoder: # Not frozen
     "The encoder of the checkpoint in `folder`"
@@ -127,7 +127,7 @@ def load_model(folder: str | Path, # A checkpoint or run folder
     load_weights(decoder, part('decoder.'), str(folder/'model.safetensors'))
     return CaptionModel(encoder.freeze(), decoder.eval()), vocab, config
 
-# %% ../nbs/59_captioner.ipynb #706e3202
+# %% ../nbs/59_captioner.ipynb #094a965c
 def search_options(config: Config, vocab: Vocab) -> dict: # Arguments of `generate`
     "How `config` wants captions to be searched"
     c = config
@@ -141,7 +141,7 @@ def search_signature(config: Config, # Its decoding group
                      width: int, # Beam width
                      ) -> dict[str, str]: # Parts of a signature of scores; an option that is off is left out
     "How captions are searched, for the signature beside their scores"
-    values = {name: getattr(config, name) for name in SEARCH} | dict(beam=width)
+    values = dict(beam=width) | {name: getattr(config, name) for name in SEARCH}
     if endings := values['bad_endings']: values['bad_endings'] = f'{endings.count(",") + 1} words {sha256(endings.encode()).hexdigest()[:4]}'
     return {name: 'yes' if v is True else str(v) for name, v in values.items() if v}
 
@@ -167,7 +167,7 @@ def caption_images(model: CaptionModel, # On any device
         if check: check()
     return found
 
-# %% ../nbs/59_captioner.ipynb #d95f8740
+# %% ../nbs/59_captioner.ipynb #9af834ca
 def attention_maps(hypothesis: Hypothesis, # With attention
                    grid: tuple[int, int], # (gh, gw)
                    ) -> Tensor | None: # (T, gh, gw), or None if the decoder does not attend
@@ -177,7 +177,7 @@ def attention_maps(hypothesis: Hypothesis, # With attention
     if a.ndim == 3: a = a.mean(1)                                  # (T, L)
     return a[:len(hypothesis.tokens)].unflatten(-1, tuple(grid))
 
-# %% ../nbs/59_captioner.ipynb #c8334525
+# %% ../nbs/59_captioner.ipynb #b3c93110
 @dataclass(frozen=True)
 class TeacherForced:
     "How well the words of people were foreseen, each after the true words before it"
@@ -201,7 +201,7 @@ class TeacherForced:
         return (f'loss {self.loss:.4f} nats per word, perplexity {self.perplexity:.2f}, top-1 {self.top1:.2%}, top-5 {self.top5:.2%} '
                 f'of {self.words:,} words ({self.unknown:.2%} <unk>)')
 
-# %% ../nbs/59_captioner.ipynb #e566decd
+# %% ../nbs/59_captioner.ipynb #c0cafff6
 def teacher_forced_sums(model: CaptionModel, # On any device; left in the mode it was in
                         batches: Iterable[Batch], # Images and captions, such as `CaptionBatches(…, shuffle=False)`
                         ) -> Tensor: # (5,) float64: nats, words likeliest, words among the five likeliest, `<unk>`, words
@@ -228,7 +228,7 @@ def teacher_forced(model: CaptionModel, batches: Iterable[Batch]) -> TeacherForc
     "Loss, perplexity, top-1 and top-5 accuracy of `model` on the captions of `batches`, under teacher forcing"
     return TeacherForced.of(teacher_forced_sums(model, batches))
 
-# %% ../nbs/59_captioner.ipynb #0c44f47a
+# %% ../nbs/59_captioner.ipynb #0ea99bce
 @dataclass
 class Explanation:
     "A caption, and where the decoder looked at each of its words"
@@ -240,7 +240,7 @@ class Explanation:
     @property
     def caption(self) -> str: return ' '.join(self.words)
 
-# %% ../nbs/59_captioner.ipynb #c8a0c0c2
+# %% ../nbs/59_captioner.ipynb #c5744cf6
 class Captioner:
     "A trained model that captions images, or several that vote: `Captioner.load(folder).caption('photo.jpg')`"
     def __init__(self, models: CaptionModel | Sequence[CaptionModel], # Each with its own encoder and any decoder
@@ -275,7 +275,7 @@ class Captioner:
         opened, encoder = [p if isinstance(p, Image.Image) else open_image(p) for p in photos], (model or self.model).encoder
         return torch.stack([encoder.transform(p.convert('RGB')) for p in opened])
 
-# %% ../nbs/59_captioner.ipynb #21216056
+# %% ../nbs/59_captioner.ipynb #d6d9f291
 @patch
 def _apply(self: Captioner, how: Callable, photos: Sequence, options: dict) -> list[list[Hypothesis]]:
     "`how(decoder, grid)` for all `photos`, 32 at a time; `options` over those of the configuration"
@@ -295,7 +295,7 @@ def ids(self: Captioner, words: str) -> list[int]:
         if word not in self.vocab.words: raise ValueError(f'the model does not know the word {word!r}: {nearest(word, self.vocab.words)}')
     return [self.vocab.words.index(word) for word in tokens]
 
-# %% ../nbs/59_captioner.ipynb #d21e1d93
+# %% ../nbs/59_captioner.ipynb #e040537d
 @patch
 def search(self: Captioner, photos: Sequence[str | Path | Image.Image], # n photos
            beam: int | None = None, # Width; None takes the configuration's
@@ -324,7 +324,7 @@ def caption(self: Captioner, photos: str | Path | Image.Image | Sequence, # A pa
     found = [self.vocab.decode(h[0].tokens) for h in self.search([photos] if one else list(photos), beam, **options)]
     return found[0] if one else found
 
-# %% ../nbs/59_captioner.ipynb #09632f97
+# %% ../nbs/59_captioner.ipynb #a7b9e5f5
 @patch
 def explain(self: Captioner, photo: str | Path | Image.Image, # One photo
             beam: int | None = None, # Width; None takes the configuration's
@@ -338,7 +338,7 @@ def explain(self: Captioner, photo: str | Path | Image.Image, # One photo
     seen = Image.fromarray(self.images([photo], model)[0].permute(1, 2, 0).numpy())
     return Explanation(seen, [self.vocab.words[i] for i in h.tokens], attention_maps(h, model.encoder.grid), h.score)
 
-# %% ../nbs/59_captioner.ipynb #d5ce299e
+# %% ../nbs/59_captioner.ipynb #0b5c8e24
 @dataclass
 class Evaluation:
     "Captions of a split and what they score"
