@@ -106,7 +106,8 @@ def child(images: int, rounds: int):
 def alone(images: int, rounds: int) -> tuple[float, float]:
     "What `child` finds in a fresh process"
     code = f'from bench.metrics import child; child({images}, {rounds})'
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=Path(__file__).resolve().parent.parent)
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=root)
     return tuple(json.loads(done.stdout.splitlines()[-1]))
 
 
