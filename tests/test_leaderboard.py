@@ -1,4 +1,4 @@
-"""The leaderboard: groups over seeds, refusals, what is left out and why; and the notebooks that compare and evaluate, on real runs"""
+"""The leaderboard: groups over seeds, refusals, what is left out and why; and the notebook that compares, on real runs"""
 import json
 import math
 import shutil
@@ -9,8 +9,8 @@ import nbformat
 import pytest
 
 from caption_nb.config import Config
-from caption_nb.leaderboard import (Leaderboard, compare, comparison_folder, evaluate_best, evaluate_run, group_rows, leaderboards, protocol,
-                                    protocol_differences, read_row, read_rows, t_quantile, trained_run, welch, write_leaderboards)
+from caption_nb.leaderboard import (Leaderboard, compare, comparison_folder, group_rows, leaderboards, protocol, protocol_differences,
+                                    read_row, read_rows, t_quantile, welch, write_leaderboards)
 from caption_nb.runs import execute, experiment, new_run, note_fingerprints
 from caption_nb.training import Trainer, demo_config
 
@@ -135,9 +135,19 @@ def test_only_groups_with_two_seeds_are_compared(tmp_path):
 
 OTHER = dict(beam=dict(beam=3), images=dict(images=99), tokenizer=dict(signature=SIGNATURE.replace('ptb', 'nltk')),
              references=dict(signature=SIGNATURE.replace('refs=5', 'refs=1-5')), scorer=dict(signature=SIGNATURE.replace('0.1.0', '0.9.0')),
-             metrics=dict(signature=SIGNATURE.replace('BLEU,', '')), data=dict(data='e5'*32), length_norm=dict(length_norm=0.7),
+             metrics=dict(signature=SIGNATURE.replace('CIDErD', 'CIDErD2')), data=dict(data='e5'*32), length_norm=dict(length_norm=0.7),
              max_len=dict(max_len=25), min_len=dict(min_len=3), no_repeat=dict(no_repeat=2), ban_unk=dict(ban_unk=False),
              length_penalty=dict(length_penalty='gnmt'), bad_endings=dict(bad_endings='a,the'))
+
+
+def test_scores_that_only_some_runs_have_are_left_out_and_named(tmp_path):
+    runs = [invent(tmp_path, f'r{i}', 0.5 + i/10, i) for i in range(3)]
+    results = json.loads((runs[2]/'results.json').read_text())
+    results['dev'] |= dict(scores=results['dev']['scores'] | dict(METEOR=0.2), signature=SIGNATURE.replace('BLEU,', 'BLEU,METEOR1.5,'))
+    (runs[2]/'results.json').write_text(json.dumps(results))
+    board = leaderboards(runs)[0]
+    assert board.groups[0].n == 3 and board.metrics == ['Bleu_4', 'CIDEr'] and 'METEOR is not shown: r0, r1 have none' in board.text()
+    with pytest.raises(ValueError, match='no METEOR in r0, r1: evaluate again'): leaderboards(runs, metric='METEOR')
 
 
 @pytest.mark.parametrize('name', OTHER)
@@ -308,53 +318,3 @@ def test_a_refusal_makes_no_folder(trained, tmp_path):
     truth = compare([*trained, odd], record, by_protocol=True)
     assert truth['status'] == 'done' and truth['attempt'] == 2
     assert {'curves_1.png', 'curves_2.png'} <= {p.name for p in truth['files']} and '## Protocol 2' in (record/'leaderboard.md').read_text()
-
-
-def training_state(run: Path) -> dict:
-    "All files that training goes on from"
-    kept = [run/'config.json', run/'metrics.jsonl', *(p for p in (run/'checkpoints').rglob('*') if p.is_file())]
-    return {p.relative_to(run): p.read_bytes() for p in kept}
-
-
-def test_evaluate(trained, tmp_path):
-    run = tmp_path/'runs'/'copy'
-    shutil.copytree(trained[0], run)
-    state, before = training_state(run), json.loads((run/'results.json').read_text())
-    truth = evaluate_run(run, 'test', 3, device='cpu')
-    assert truth['status'] == 'done', truth['error']
-    assert truth['out'] == run/'evaluate-test' and (run/'evaluate-test'/'run.ipynb').exists() and training_state(run) == state
-    results = json.loads((run/'results.json').read_text())
-    assert results.pop('test')['beam'] == 3 and results == before, 'what training cost, and dev, stay as they were'
-    ids = {row['image_id'] for row in json.loads((run/'captions_test.json').read_text())}
-    assert len(ids) == 4 and (run/'evaluate-test'/'figures'/'captions_best.png').is_file() and '| test |' in (run/'summary.md').read_text()
-    shown = texts(run/'evaluate-test'/'run.ipynb')
-    assert 'it is for the end' in shown and 'refs=5' in shown and 'pointing' in shown
-    assert [b.groups[0].n for b in leaderboards([run], 'test')] == [1]
-
-
-def test_evaluating_again_is_the_trainers_own_evaluation(trained, tmp_path):
-    run = tmp_path/'copy'
-    shutil.copytree(trained[1], run)
-    before, captions = (run/'results.json').read_bytes(), (run/'captions_dev.json').read_bytes()
-    trainer, found = evaluate_best(run, quiet=True)
-    assert (run/'results.json').read_bytes() == before and (run/'captions_dev.json').read_bytes() == captions and found.beam == 2
-    with pytest.raises(ValueError, match='lr belongs to the run'): evaluate_best(run, lr='1')
-    state = training_state(run)
-    with pytest.raises(Exception, match="'nowhere'"): evaluate_best(run, 'nowhere', quiet=True, device='cpu')
-    assert training_state(run) == state
-
-
-def test_what_cannot_be_evaluated(trained, tmp_path):
-    going = invent(tmp_path, 'going', None, status='running')
-    with pytest.raises(ValueError, match='going is still training .attempt 1 on n1.: wait'): evaluate_run(going)
-    fresh = invent(tmp_path, 'fresh')
-    with pytest.raises(FileNotFoundError, match="no checkpoint 'best'"): trained_run(fresh)
-    with pytest.raises(FileNotFoundError, match='no run'): evaluate_run(tmp_path/'nowhere')
-    with pytest.raises(ValueError, match='a name such as dev'): evaluate_run(trained[0], '../../x')
-    with pytest.raises(ValueError, match='beam=-1'): evaluate_run(trained[0], beam=-1)
-    half = tmp_path/'half'
-    shutil.copytree(trained[0], half)
-    shutil.rmtree(half/'checkpoints'/'last')
-    for other in half.glob('checkpoints/last*'): shutil.rmtree(other)
-    with pytest.raises(FileNotFoundError, match="no checkpoint 'last'.*evaluate where it was trained"): evaluate_run(half)
-    assert not list(tmp_path.rglob('evaluate-*')), 'nothing was made'
