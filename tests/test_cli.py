@@ -166,6 +166,81 @@ def test_help_is_quick_and_torch_free(tmp_path):
     assert time.monotonic() - start < 10     # 0.3 s on an idle machine; the tests may run on a busy one
 
 
+# captions without a model
+
+COCO = json.loads((Path(__file__).parent/'data'/'caption_scores_committable.json').read_text())['edge_8']
+
+
+@pytest.fixture
+def coco_files(tmp_path, monkeypatch) -> Path:
+    "COCO's annotations and results of images whose scores by coco-caption are known; the current folder"
+    monkeypatch.chdir(tmp_path)
+    number = {name: n for n, name in enumerate(COCO['refs'], 7)}
+    captions = [dict(id=i, image_id=number[name], caption=c) for i, (name, c) in enumerate((n, c) for n, cs in COCO['refs'].items() for c in cs)]
+    Path('references.json').write_text(json.dumps(dict(images=[dict(id=n, file_name=f'{n}.jpg') for n in number.values()], annotations=captions)))
+    Path('results.json').write_text(json.dumps([dict(image_id=number[name], caption=c) for name, c in COCO['hyps'].items()]))
+    Path('worse.json').write_text(json.dumps([dict(image_id=n, caption='a thing') for n in number.values()]))
+    return tmp_path
+
+
+def test_score_prints_the_numbers_of_coco_caption(coco_files, capsys):
+    status, out, _ = said(capsys, 'score', 'results.json', '--references', 'references.json', '--metrics', 'bleu,rouge,cider', '--json', '--out', 'scored')
+    assert status == 0
+    found = json.loads(Path('scored/results.json').read_text())
+    for name in ('Bleu_1', 'Bleu_2', 'Bleu_3', 'Bleu_4', 'ROUGE_L', 'CIDEr'):
+        assert found['overall'][name] == pytest.approx(COCO['corpus'][name], abs=1e-9, rel=0)
+    first = next(iter(COCO['per_image']))
+    assert found['imgToEval']['7']['CIDEr'] == pytest.approx(COCO['per_image'][first]['CIDEr'], abs=1e-9)
+    assert json.loads(out)['reports']['results.json']['scores'] == found['overall'] and Path('scored/results.csv').is_file()
+
+
+def test_score_compares_two_files_photo_by_photo(coco_files, capsys):
+    status, out, _ = said(capsys, 'score', 'results.json', 'worse.json', '--references', 'references.json', '--metrics', 'bleu,rouge,cider', '--resamples', '200')
+    assert status == 0 and out.count('tok=ptb|refs=') == 1 and 'p ' in out and 'worse.json' in out
+
+
+def test_score_needs_no_torch(coco_files):
+    code = ("import sys; from caption_nb.cli import main; "
+            "main(['score', 'results.json', '--references', 'references.json', '--metrics', 'bleu,rouge,cider,wer']); sys.exit('torch' in sys.modules)")
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.returncode == 0 and 'CIDEr' in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize('words, expected', [
+    ([], 'name one file of captions'), (['results.json'], 'say with --references what to compare with'),
+    (['results.json', '--references', 'nowhere.json'], 'nowhere.json'), (['missing.json', '--references', 'references.json'], 'missing.json'),
+    (['results.json', '--references', 'references.json', '--metrics', 'blue'], "unknown metric 'blue': did you mean 'bleu'"),
+    (['part.json', '--references', 'references.json'], '--subset'), (['twice.json', '--references', 'references.json'], 'twice.json')])
+def test_score_names_what_is_wrong(coco_files, capsys, words, expected):
+    rows = json.loads(Path('results.json').read_text())
+    Path('part.json').write_text(json.dumps(rows[:3]))
+    Path('twice.json').write_text(json.dumps(rows + rows[:1]))
+    status, out, err = said(capsys, 'score', *words)
+    assert status == 2 and expected in err and not out and 'Traceback' not in err
+
+
+def test_evaluate_hands_its_flags_to_the_notebook(demo_folders, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr('caption_nb.run_evaluation.evaluate_run',
+                        lambda *a: asked.append(a) or dict(status='error', notebook='run.ipynb', error=dict(type='E', message='m'), signal=None, out=Path('o')))
+    Path('words.txt').write_text('dog, puppy')
+    status, _, err = said(capsys, 'evaluate', 'one', '--split', 'test', '--beam', '3', '--against', 'two', '--object-words', 'words.txt', '--clip', 'openai/clip')
+    run, split, beam, options = asked[0]
+    assert status == 1 and 'again: caption-nb evaluate one --split test' in err and 'train --resume' not in err
+    assert (run.name, split, beam) == ('2026-one', 'test', 3) and options['clip'] == 'openai/clip' and options['resamples'] == 1000
+    assert options['against'] == str(demo_folders/'papermill_runs'/'2026-two') and options['object_words'] == str(demo_folders/'words.txt')
+
+
+@pytest.fixture
+def demo_folders(tmp_path, monkeypatch) -> Path:
+    "The current folder, with two runs by name"
+    monkeypatch.chdir(tmp_path)
+    for name in ('one', 'two'):
+        (run := Path('papermill_runs')/f'2026-{name}').mkdir(parents=True)
+        (run/'config.json').write_text(Config(name=name).to_json())
+    return tmp_path
+
+
 # a whole run
 
 @pytest.fixture(scope='module')
