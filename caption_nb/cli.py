@@ -623,7 +623,7 @@ def evaluate(argv: list[str]) -> int:
                    samples=(int, 0, 'Captions drawn of each photo for self-CIDEr; 0 draws none.'),
                    against=(str, '', 'Another run, or its file of captions: where do the two differ?'),
                    clip=(str, '', 'Image-text model for CLIPScore: a folder, or a name on the hub.'),
-                   vectors=(str, '', 'File of word vectors for the cosine of captions.'),
+                   vectors=(str, '', 'Word vectors (a file) or a sentence model (a folder, or a name on the hub) for the cosine of captions.'),
                    object_words=(str, '', 'File of objects and their synonyms, as CHAIR has it.'))
     run, options = find_run(a.pop('run'), runs_dir := a.pop('runs_dir')), {}
     split, beam = a.pop('split'), a.pop('beam')
