@@ -276,7 +276,7 @@ def test_wrong_encoding_names_byte_and_line(toy):
 def test_missing_images_first_few_and_count(toy):
     captions = load_data(toy).captions
     write_kaggle(toy, captions | {f'gone{k}.jpg': ['x'] for k in range(8)})
-    message = r'8 images of 14 named in captions.txt not found in .*Images: gone0.jpg, .*gone4.jpg, … \(8 in all\); put'
+    message = r'8 images of 14 named in captions.txt not found in .*Images: gone0.jpg, .*gone4.jpg and 3 more; put'
     with pytest.raises(FileNotFoundError, match=message): load_data(toy)
     report = check(load_data(toy, strict=False), quiet=True)
     assert not report.ok and len(report.problems['missing image']) == 8 and 'gone7.jpg: no such file' in report.problems['missing image']
