@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from caption_nb import similarity
-from caption_nb.similarity import (RULES, Measured, SentenceModel, WordAverage, cosine, edit_distance, load_pretrained, rouge_l_f1,
-                                   sentence_bleu_mean, wer, whole)
+from caption_nb.similarity import (RULES, Measured, SentenceModel, WordAverage, cosine, edit_distance, lcs_length, load_pretrained,
+                                   rouge_l_f1, sentence_bleu_mean, wer, whole)
 from caption_nb.vectors import save_vectors
 
 words = st.lists(st.sampled_from(['a', 'dog', 'runs', 'running', 'été', '犬', "'s", 'flies']), max_size=9)
@@ -99,6 +99,11 @@ def test_sums_over_any_images_make_their_score():
 
 # ---- ROUGE-L F1 -------------------------------------------------------------------------------------------------
 
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from('abcd'), max_size=90), st.lists(st.sampled_from('abcd'), max_size=90))
+def test_lcs_length_is_the_tables(a, b): assert lcs_length(a, b) == common(a, b) == lcs_length(b, a)
+
+
 @settings(max_examples=150, deadline=None)
 @given(images)
 def test_rouge_by_its_definition(captions):
@@ -178,6 +183,14 @@ def test_cosine_by_its_definition():
         assert got.name == f'cosine(toy, {rule})'
         np.testing.assert_allclose(got.per_image, expected, atol=1e-12)
         assert got.corpus == pytest.approx(np.mean(expected))
+
+
+def test_an_embedding_without_a_name_goes_by_that_of_its_function_or_class():
+    def letters(captions): return np.array([[len(c), 1] for c in captions])
+    class Ones:
+        def __call__(self, captions): return np.ones((len(captions), 2))
+    assert cosine([['a']], [[['b']]], letters).name == 'cosine(letters, nearest)'
+    assert cosine([['a']], [[['b']]], Ones()).name == 'cosine(Ones, nearest)'
 
 
 def test_each_different_caption_is_embedded_once():
