@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from caption_nb import certainty
-from caption_nb.certainty import Difference, Interval, bootstrap, holm, markdown_table, over_seeds, paired
+from caption_nb.certainty import Difference, Interval, bootstrap, holm, markdown_table, over_seeds, paired, t_quantile, welch
 from caption_nb.metrics import corpus_scores, score
 
 WORDS = 'a the dog cat runs sleeps on red grass snow with two'.split()
@@ -229,6 +229,15 @@ def test_over_seeds():
     assert str(over_seeds([.30, .32, .34])) == '.320 ± .020 (3 seeds)' and str(over_seeds([.3])) == '.300 (one seed)'
     assert np.isnan(over_seeds([.3]).sd)
     with pytest.raises(ValueError, match='no runs'): over_seeds([])
+
+
+@pytest.mark.parametrize('freedom, expected', [(1, 12.7062), (2, 4.3027), (2.9412, 3.2193), (10, 2.2281), (1000, 1.9623)])
+def test_student(freedom, expected): assert t_quantile(freedom) == pytest.approx(expected, rel=2e-4)
+
+
+def test_welch():
+    assert welch([1, 2, 3], [2, 4, 6]) == (-2, pytest.approx(4.15540, rel=1e-4))   # as scipy.stats.ttest_ind(…, equal_var=False) has it
+    assert welch([1, 1], [3, 3, 3]) == (-2, 0)
 
 
 @settings(deadline=None)

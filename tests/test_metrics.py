@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from caption_nb.metrics import METRICS, CiderD, Signature, corpus_scores, lcs_length, same_signature, score, score_tokens
+from caption_nb.metrics import METRICS, CiderD, Signature, corpus_scores, same_signature, score, score_tokens
 
 DATA = Path(__file__).parent/'data'
 NAMES = ['Bleu_1', 'Bleu_2', 'Bleu_3', 'Bleu_4', 'ROUGE_L', 'CIDEr']
@@ -156,17 +156,6 @@ def test_more_words_than_sixteen_bits_can_number_are_sorted_in_two_passes():
     check(hyps, [[f'a {k} 5 69998 69999', f'{k} {k + 1} 65541'] for k in range(0, len(many), 1000)])
     words = np.random.default_rng(1).integers(0, 1 << 20, 1000)
     np.testing.assert_array_equal(_by_word(words), np.argsort(words, kind='stable'))
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.sampled_from('abcd'), max_size=90), st.lists(st.sampled_from('abcd'), max_size=90))
-def test_lcs_length(a, b):
-    row = [0]*(len(b) + 1)
-    for x in a:
-        new = [0]
-        for j, y in enumerate(b): new.append(row[j] + 1 if x == y else max(row[j + 1], new[j]))
-        row = new
-    assert lcs_length(a, b) == row[-1]
 
 
 def test_known_values():
