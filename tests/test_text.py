@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from caption_nb import text
 from caption_nb.text import Coverage, Vocab, tokenize, tokenize_all
 from wide_text import adversarial, documentation, with_mistakes
 
@@ -114,6 +115,14 @@ def test_nasty_text(original, kind):
     captions = odd_captions(kind, 15_000, seed=11)
     wrong = differences(original, captions)
     assert len(wrong) <= len(captions)//1000, wrong[:10]
+
+
+def test_plain_words_in_one_bite_are_what_the_rules_make_of_them(monkeypatch):
+    captions = [c for kind in ('captions', 'glued', 'letters') for c in odd_captions(kind, 3_000, seed=3)]
+    captions += ['w1 mp3 b2b x-1 no 1 p5. T1, a1-b2', *with_mistakes(captions[:3_000])]
+    bites = tokenize_all(captions)
+    monkeypatch.setattr(text, '_easy', re.compile('(?!)'))
+    assert tokenize_all(captions) == bites
 
 
 @pytest.fixture(scope='module')
