@@ -186,12 +186,12 @@ def coco_files(tmp_path, monkeypatch) -> Path:
 def test_score_prints_the_numbers_of_coco_caption(coco_files, capsys):
     status, out, _ = said(capsys, 'score', 'results.json', '--references', 'references.json', '--metrics', 'bleu,rouge,cider', '--json', '--out', 'scored')
     assert status == 0
-    found = json.loads(Path('scored/results.json').read_text())
+    found = json.loads(Path('scored/scores_results.json').read_text())
     for name in ('Bleu_1', 'Bleu_2', 'Bleu_3', 'Bleu_4', 'ROUGE_L', 'CIDEr'):
         assert found['overall'][name] == pytest.approx(COCO['corpus'][name], abs=1e-9, rel=0)
     first = next(iter(COCO['per_image']))
     assert found['imgToEval']['7']['CIDEr'] == pytest.approx(COCO['per_image'][first]['CIDEr'], abs=1e-9)
-    assert json.loads(out)['reports']['results.json']['scores'] == found['overall'] and Path('scored/results.csv').is_file()
+    assert json.loads(out)['reports']['results.json']['scores'] == found['overall'] and Path('scored/scores_results.csv').is_file()
 
 
 def test_score_compares_two_files_photo_by_photo(coco_files, capsys):

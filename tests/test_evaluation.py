@@ -98,7 +98,7 @@ FAULTS = {
     'numbers': ([dict(image_id=i, caption=i) for i in range(5)], r'no text: \[0\] \(0\), \[1\] \(1\), \[2\] \(2\) and 2 more'),
     'number in a dict': ({'a.jpg': 7}, r"no text: \['a.jpg'\] \(7\)"),
     'list in a list': ([dict(image_id=1, caption=['a dog'])], r"no text: \[0\] \(\['a dog'\]\)"),
-    'id is null': ([dict(image_id=None, caption='x')], r'no image id \(a number or a name\): \[0\] \(None\)'),
+    'id is null': ([dict(image_id=None, caption='x')], r'no image id \(a whole number or a name\): \[0\] \(None\)'),
     'id is a fraction': ([dict(image_id=1.5, caption='x')], r'no image id .*: \[0\] \(1.5\)'),
     'id is true': ([dict(image_id=True, caption='x')], r'no image id .*: \[0\] \(True\)'),
     'id is blank': ('image,caption\n ,a dog\n', r"no image id .*row 2 \(''\)"),
@@ -296,7 +296,7 @@ def test_no_meteor_is_told_and_the_rest_is_scored(monkeypatch):
     report = evaluate_captions(SAID, TRUTH, resamples=0)
     assert report.skipped == {'METEOR': 'no tables, no Java; pip install pycocoevalcap'} and 'METEOR' not in report.scores.corpus
     assert 'METEOR skipped: no tables' in report.text() and '- METEOR skipped' in report.markdown() and 'METEOR' not in report.signature
-    with pytest.raises(meteor.MeteorMissing): evaluate_captions(SAID, TRUTH, metrics='meteor')
+    with pytest.raises(ValueError, match='no metric is left to score: no tables'): evaluate_captions(SAID, TRUTH, metrics='meteor')
     assert set(ALL_METRICS) == {'bleu', 'meteor', 'rouge', 'cider', 'wer'}
 
 
@@ -340,6 +340,32 @@ def test_written_files(tmp_path):
 
 # ---- files in, report out ---------------------------------------------------------------------------------------
 
+def test_scores_never_replace_the_captions_or_each_other(put, tmp_path):
+    a, b, c = put('r.json', rows(SAID)), put('r.csv', table(SAID)), put('c.json', coco())
+    before = [p.read_bytes() for p in (a, b, c)]
+    score_files([a, b], c, metrics='bleu', resamples=0, out=tmp_path)
+    score_files(a, c, metrics='bleu', resamples=0, out=tmp_path)
+    assert [p.read_bytes() for p in (a, b, c)] == before
+    assert sorted(p.name for p in tmp_path.glob('scores_*')) == [f'scores_r{n}.{s}' for n in ('-1', '-2', '') for s in ('csv', 'json')]
+    with pytest.raises(FileExistsError, match='r.csv'): score_files(a, c, out=b)
+
+
+@pytest.mark.parametrize('text, said', [
+    ('[{"image_id": 1, "caption": "a dog \\ud83d"}]', r"r.json: half of a character.*: \[0\] \('a dog"),
+    ('{"a\\udc36": "a dog"}', 'half of a character'), ('['*100_000, 'r.json: not JSON that can be read'),
+    (f'[{{"image_id": {"9"*5000}, "caption": "a"}}]', 'r.json: not JSON that can be read'),
+    ('{"results": [{"image_id": 1, "caption": "a"}]}', r"\['results'\]\[0\] is of image 1, but stands under 'results'.*write the list alone"),
+    ('[{"image_id": 1.0, "caption": "a"}]', r'a whole number or a name\): \[0\] \(1.0\)')])
+def test_odd_json_is_told_with_the_name_of_the_file(put, text, said):
+    with pytest.raises(ValueError, match=said): read_hypotheses(put('r.json', text))
+
+
+def test_what_is_no_file_is_told(tmp_path):
+    (tmp_path/'captions_dev.json').write_text('[]')
+    with pytest.raises(FileNotFoundError, match='a folder, not a file of captions; it holds captions_dev.json$'): read_hypotheses(tmp_path)
+    with pytest.raises(FileNotFoundError, match='a pipe or a device'): read_hypotheses('/dev/null')
+
+
 def test_score_files_of_one_and_of_several(put, tmp_path):
     a, b = put('a/r.json', rows(SAID)), put('b/r.json', rows({i: rs[0] for i, rs in TRUTH.items()}))
     one = score_files(a, put('c.json', coco()), metrics=FAST, resamples=50)
@@ -350,7 +376,7 @@ def test_score_files_of_one_and_of_several(put, tmp_path):
     cider = [r.scores.corpus['CIDEr'] for r in both.reports.values()]
     assert both.differences['b/r.json']['CIDEr'].difference == pytest.approx(cider[1] - cider[0])
     for shown in (both.text(), both.markdown()): assert shown.count(both.signature) == 1 and 'CIDEr' in shown and 'b/r.json' in shown
-    assert sorted(p.name for p in (tmp_path/'out').iterdir()) == ['a-r.csv', 'a-r.json', 'b-r.csv', 'b-r.json']
+    assert sorted(p.name for p in (tmp_path/'out').iterdir()) == [f'scores_{n}' for n in ('a-r.csv', 'a-r.json', 'b-r.csv', 'b-r.json')]
     found = json.loads(json.dumps(both.to_dict(), allow_nan=False))
     assert found['signature'] == both.signature and found['differences']['b/r.json']['CIDEr'].keys() == {'difference', 'low', 'high', 'p'}
     assert not score_files([a, b], tmp_path/'c.json', metrics=FAST, resamples=0).differences

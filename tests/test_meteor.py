@@ -278,7 +278,7 @@ def test_without_tables_java_is_taken_and_without_both_both_reasons_are_given(so
 # --- the JVM ---
 
 def test_a_jar_that_does_not_run_says_why(source, java):
-    with JavaMeteor(source) as j, pytest.raises(RuntimeError, match=r'ended \(exit code 1\).*meteor-1.5.jar'): j.statistics([['a']], [[['a']]])
+    with JavaMeteor(source) as j, pytest.raises(MeteorMissing, match=r'ended \(exit code 1\).*meteor-1.5.jar'): j.statistics([['a']], [[['a']]])
 
 
 def test_a_dead_jvm_is_replaced_and_none_is_left(jar):
