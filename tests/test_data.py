@@ -1,5 +1,6 @@
 "Readers, splits, checks: what real and broken data sets do to `caption_nb.data`"
 import csv
+import gzip
 import json
 import os
 import random
@@ -271,6 +272,8 @@ def test_wrong_encoding_names_byte_and_line(toy):
     with pytest.raises(DataError, match=message): load_data(toy)
     (toy/'captions.txt').write_text('image,caption\n', encoding='utf-16')
     with pytest.raises(DataError, match='the file is UTF-16'): load_data(toy)
+    (toy/'captions.txt').write_bytes(gzip.compress(b'image,caption'))
+    with pytest.raises(DataError, match=r'captions.txt: the file is compressed; unpack it first \(gunzip'): load_data(toy)
 
 
 def test_missing_images_first_few_and_count(toy):

@@ -139,6 +139,24 @@ def test_captions_of_another_run_that_are_not_there(trained, tmp_path):
     assert truth['status'] == 'error' and 'captions_dev.json does not exist' in truth['error']['message']
 
 
+def test_what_cannot_be_had_is_told_before_any_work(trained, tmp_path):
+    run = shutil.copytree(trained[0], tmp_path/'run')
+    before = (run/'results.json').read_bytes()
+    for options, said in ((dict(metrics='blue'), "did you mean 'bleu'"), (dict(samples=1), 'samples=1: 2 or more'), (dict(resamples=-1), 'resamples=-1')):
+        with pytest.raises(ValueError, match=said): evaluate_run(run, options=options)
+    assert not (run/'evaluate-dev').exists() and (run/'results.json').read_bytes() == before
+
+
+def test_cider_is_always_among_the_metrics_and_captions_of_other_photos_are_no_other_run(trained, tmp_path):
+    run = shutil.copytree(trained[0], tmp_path/'run')
+    truth = evaluate_run(run, options=dict(metrics='bleu', resamples=0, against=str(trained[1])))
+    scores = json.loads((run/'results.json').read_text())['dev']['scores']
+    assert truth['status'] == 'done' and list(scores) == ['Bleu_1', 'Bleu_2', 'Bleu_3', 'Bleu_4', 'CIDEr'] and (truth['out']/'errors.html').is_file()
+    (tmp_path/'other.json').write_text('{"another.png": "a circle"}')
+    with pytest.raises(ValueError, match=r'other.json: captions of other photos: of 2 photos here and 1 there, 3 are not on both sides: '):
+        captions_of(tmp_path/'other.json', 'dev', ['00001.png', '00002.png'])
+
+
 def test_evaluating_again_is_the_trainers_own_evaluation(trained, tmp_path):
     run = tmp_path/'copy'
     shutil.copytree(trained[1], run)
