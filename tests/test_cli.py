@@ -256,7 +256,7 @@ def test_run_folder_holds_everything(demo):
     run, _ = demo
     there = {p.name for p in run.iterdir()}
     assert {'attempt-1.ipynb', 'run.ipynb', 'config.json', 'summary.md', 'metrics.jsonl', 'results.json', 'captions_dev.json', 'figures',
-            'environment.json', 'checkpoints', 'status.json'} == there
+            'environment.json', 'checkpoints', 'status.json', 'scores_dev.json', 'scores_dev.csv'} == there
     for which in ('last', 'best'):
         assert {'model.safetensors', 'config.json', 'vocab.json', 'preprocess.json'} <= {p.name for p in (run/'checkpoints'/which).iterdir()}
     figures = {p.name for p in (run/'figures').iterdir()}
