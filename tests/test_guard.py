@@ -80,6 +80,9 @@ def test_marks_without_their_brackets():
 
 
 def test_what_people_wrote_may_hold_anything():
+    many = {f'{n}.jpg': [f'a dog {n}', f'the dog {n}', 'a cat', 'cats'] for n in range(500)}
+    for texts, found in ((['an unk', 'the [END]'], []), (['an unk']*3, ['references through unk']), (['a dog <end>']*3, ['special tokens'])):
+        assert rules(check_captions(dict.fromkeys(many, 'a dog'), many | {'0.jpg': [*texts, 'a', 'b'][:4]})) == found
     odd = REFS | {'0.jpg': ['a sign that says <end>', 'unk', 'A', 'B']}
     assert check_captions(HYPS, odd, odd) == []
     assert rules(check_captions(HYPS, odd)) == ['special tokens', 'references through unk']
