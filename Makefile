@@ -22,7 +22,7 @@ notebooks: install-dev ## run the tests in the notebooks (those in nbs/experimen
 	OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/nbdev_test --n_workers $(WORKERS) --skip_folder_re '^([_.]|experiments$$)' --timing
 
 pytest: install-dev ## run the tests in tests/, a file at a time on each of WORKERS cores
-	OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 MPLBACKEND=agg $(BIN)/python -m pytest tests -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lab: $(VENV)/.installed-lab ## JupyterLab on the notebooks, starting at the home page
 	$(BIN)/jupyter lab index.ipynb

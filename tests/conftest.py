@@ -18,6 +18,16 @@ def need(name: str, there: bool, reason: str):
     pytest.skip(reason)
 
 
+SLOW = ('test_on_slurm', 'test_sweep_on_slurm', 'test_cluster_faults', 'test_gpu', 'test_jobs', 'test_cli', 'test_faults', 'test_slurm',
+        'test_run_evaluation', 'test_docs', 'test_text', 'test_metrics', 'test_pretrained_metrics', 'test_meteor')
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]):
+    "Files that take long come first: two workers then end together (the Makefile tells xdist to keep this order)"
+    place = {f'{name}.py': i for i, name in enumerate(SLOW)}
+    items.sort(key=lambda item: place.get(item.path.name, len(SLOW)))   # stable: else as collected
+
+
 # A shell that starts tests in the background lets them ignore Ctrl-C, which some of them send
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
