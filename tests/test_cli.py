@@ -134,6 +134,13 @@ def test_bad_usage_is_named(tmp_path, capsys, monkeypatch, words, expected):
     assert not list(tmp_path.iterdir()), 'a run folder was made although nothing could run'
 
 
+def test_another_decoder_leaves_behind_what_it_does_not_have():
+    config, _ = cli.parse_config(['--decoder', 'lstm'], 'demo', default=demo_config())
+    assert config.decoder == 'lstm' and config.embed_dim == 128 and config.attention_dim == Config().attention_dim
+    with pytest.raises(ValueError, match='gate=False: the decoder lstm has no such option'):
+        cli.parse_config(['--decoder', 'lstm', '--no-gate'], 'demo', default=demo_config())
+
+
 def test_unknown_command(capsys):
     assert said(capsys, 'trian')[::2] == (2, "caption-nb: no command 'trian': did you mean 'train'?\n")
     assert said(capsys)[0] == 2
