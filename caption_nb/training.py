@@ -7,7 +7,7 @@ __all__ = ['PROGRESS', 'COUNTED', 'default_cache', 'prepare_data', 'prepare_enco
            'prepare_pixels', 'Machine', 'autocast', 'time_step', 'choose_machine', 'Trainer', 'count_targets',
            'memory_hint', 'give_back_memory', 'Interrupted', 'demo_config', 'main']
 
-# %% ../nbs/60_training.ipynb #030f73a3
+# %% ../nbs/60_training.ipynb #c5b09050
 import copy
 import ctypes
 import hashlib
@@ -32,6 +32,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+# %% ../nbs/60_training.ipynb #440190c0
 from .basics import atomic_write, track
 from .batches import Batch, CaptionBatches, ImageSource
 from .captioner import (Captioner, CaptionModel, Evaluation, TeacherForced, attention_maps, caption_images, description,
@@ -56,7 +57,7 @@ from .scst import SelfCritical
 from .text import Vocab, tokenize_all
 from .vectors import WordVectors, read_vectors
 
-# %% ../nbs/60_training.ipynb #27b5b876
+# %% ../nbs/60_training.ipynb #a7127327
 def default_cache(config: Config | None = None) -> Path:
     "Where features, decoded photos and drawn scenes are kept"
     if config and config.cache_dir: return Path(config.cache_dir).expanduser()
@@ -89,7 +90,7 @@ def prepare_encoder(config: Config,
     if c.finetune_from >= 0: return encoder.finetune(c.finetune_from)
     return encoder if c.encoder_learns else encoder.freeze()
 
-# %% ../nbs/60_training.ipynb #65f63236
+# %% ../nbs/60_training.ipynb #901aedee
 def checked_store(path: Path, data: CaptionData, encoder: Encoder, ids: Sequence[str], views: Sequence[str]) -> FeatureStore:
     "The store at `path`, refused unless it has the `views` of all `ids` by this `encoder`; it may hold more"
     store = FeatureStore(path, expect=dict(encoder=encoder.spec))
@@ -110,7 +111,7 @@ def _once(make: Callable[..., Store], *what, quiet: bool, **options) -> Store:
         waiting = True
         time.sleep(1)
 
-# %% ../nbs/60_training.ipynb #54d45a34
+# %% ../nbs/60_training.ipynb #684739d2
 def prepare_features(config: Config, data: CaptionData, encoder: Encoder, quiet: bool = False) -> FeatureStore:
     "The features of all images of `data`, from the file that `config` names or from the cache; extracted if they are not there"
     ids = [id for split in data.splits.values() for id in split]
@@ -130,7 +131,7 @@ def prepare_pixels(config: Config, data: CaptionData, encoder: Encoder, quiet: b
     if config.image_store == 'auto': path = default_image_store(data, encoder.preprocess, default_cache(config)/'images')
     return _once(store_images, data, encoder.preprocess, path, ids, quiet=quiet)
 
-# %% ../nbs/60_training.ipynb #a057bb6a
+# %% ../nbs/60_training.ipynb #ea5d7dfc
 @dataclass
 class Machine:
     "How steps are computed, and how long a step took in each of the ways tried"
@@ -159,7 +160,7 @@ def time_step(model: CaptionModel, # Trained on nothing: gradients are thrown aw
         model.zero_grad(set_to_none=True)
     return min(times[1:])
 
-# %% ../nbs/60_training.ipynb #e4139aaf
+# %% ../nbs/60_training.ipynb #1e060a0e
 def choose_machine(config: Config, # `threads` and `precision`: what it fixes is not measured
                    model: CaptionModel, # Not changed
                    batch: Batch, # A typical one, on the model's device
@@ -188,7 +189,7 @@ def choose_machine(config: Config, # `threads` and `precision`: what it fixes is
     finally: torch.set_num_threads(most)
     return Machine(best[1], best[2], seconds)
 
-# %% ../nbs/60_training.ipynb #e60f29a1
+# %% ../nbs/60_training.ipynb #257121bf
 PROGRESS = ('step', 'epoch', 'seconds', 'best', 'best_epoch', 'bad', 'stalled', 'scale', 'stopped')   # of a run, kept in its checkpoints
 
 
@@ -227,7 +228,7 @@ class Trainer:
         "Steps in all"
         return self.config.epochs*self.per_epoch
 
-# %% ../nbs/60_training.ipynb #5c46ea0e
+# %% ../nbs/60_training.ipynb #b99619ae
 @patch
 def prepare(self: Trainer) -> Trainer:
     "Data, vocabulary, encoder, features, model, optimiser; and the state of the last sound checkpoint, if there is one"
@@ -273,7 +274,7 @@ def _one_after_the_other(self: Trainer) -> Iterator[None]:
     yield
     if self.ranks.main: self.ranks.barrier()
 
-# %% ../nbs/60_training.ipynb #2b0095b0
+# %% ../nbs/60_training.ipynb #ee54dec5
 @patch
 def _prepare_sources(self: Trainer, encoder: Encoder, epoch: int):
     "Features as long as the encoder does not learn, pixels from then on"
@@ -318,7 +319,7 @@ def _read_vectors(self: Trainer) -> WordVectors:
     counts = Counter(word for words in tokenize_all(self.data.train_captions(), c.tokenizer) for word in words)
     return read_vectors(c.word_vectors, self.vocab.words, counts, c.seed, self.quiet)
 
-# %% ../nbs/60_training.ipynb #09b050f1
+# %% ../nbs/60_training.ipynb #f85711bc
 @patch
 def _prepare_batches(self: Trainer):
     c, ranks = self.config, self.ranks
@@ -358,7 +359,7 @@ def _enter_epoch(self: Trainer):
     self.batches.set_epoch(self.epoch)
     self.model.train()
 
-# %% ../nbs/60_training.ipynb #b9aea6ee
+# %% ../nbs/60_training.ipynb #8fa6c306
 @patch
 def state(self: Trainer) -> dict:
     "All that resuming needs besides the weights, as numbers, text and tensors"
@@ -375,7 +376,7 @@ def _fingerprints(self: Trainer) -> dict[str, str]:
     digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
     return dict(data=self.data.fingerprint, vocab=self.vocab.fingerprint, features=digest)
 
-# %% ../nbs/60_training.ipynb #5cf2e76d
+# %% ../nbs/60_training.ipynb #296a373e
 @patch
 def save(self: Trainer, name: str, # 'last' or 'best'
          wait: bool = False, # Until it is on the disk
@@ -408,7 +409,7 @@ def _encoder_file(self: Trainer) -> Path:
         atomic_write(path, weight_bytes({f'encoder.{n}': t for n, t in encoder.state_dict().items()}))
     return path
 
-# %% ../nbs/60_training.ipynb #55c2b6df
+# %% ../nbs/60_training.ipynb #74ecf50f
 @patch
 def _take_up(self: Trainer, state: dict):
     "Go on where the checkpoint with `state` was written; the weights are there already"
@@ -435,7 +436,7 @@ def _use(self: Trainer, machine: Machine, scaler: dict | None = None):
     self.machine, self.scaler = machine, make_scaler(machine.precision, self.device)
     if scaler: self.scaler.load_state_dict(scaler)
 
-# %% ../nbs/60_training.ipynb #01a8db79
+# %% ../nbs/60_training.ipynb #8e8dd997
 @patch
 def _changes(self: Trainer, state: dict) -> dict[str, list]: # Field → what it was, what it is
     then, now = state['config'], self.config.to_dict()
@@ -452,7 +453,7 @@ def _check_same(self: Trainer, state: dict):
     if other: raise ConfigError(f'{self.run} cannot be continued with this configuration: {"; ".join(other)}. '
                                 'Change it back, or start a new run (--from takes over the weights)')
 
-# %% ../nbs/60_training.ipynb #e2e3eadd
+# %% ../nbs/60_training.ipynb #8eff6029
 COUNTED = {'words': 0, 'concepts': 2, 'scst': 2}   # what a part of the loss is a mean over: words, captions (the others) or images
 
 
@@ -483,7 +484,7 @@ def _parts(self: Trainer, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Te
     parts = self.model.parts(batch, c.label_smoothing, self.vocab.pad_id, own)
     return parts, dict(loss=parts['words'].detach())
 
-# %% ../nbs/60_training.ipynb #b142f503
+# %% ../nbs/60_training.ipynb #7a243c81
 @patch
 def train_step(self: Trainer, batches: Sequence[Batch]): # One, or as many as are accumulated; a rank's share may be empty
     "Forward, backward and update on the captions of all `batches`"
@@ -520,7 +521,7 @@ def train_step(self: Trainer, batches: Sequence[Batch]): # One, or as many as ar
     self.tick = now
     if self.step % c.log_every == 0: self.log_steps()
 
-# %% ../nbs/60_training.ipynb #bef5105e
+# %% ../nbs/60_training.ipynb #260f6e9f
 @patch
 def _sum_over_ranks(self: Trainer, logged: dict[str, Tensor | float]) -> dict[str, Tensor | float]:
     "Sum gradients, and the numbers in `logged`, over the ranks"
@@ -559,7 +560,7 @@ def memory_hint(config: Config) -> Iterator[None]:
                           f'image_size, precision=\'bf16\'; eval_beam ({config.eval_beam}) if it happened at an evaluation. What was saved '
                           f'is not lost. ({str(e).splitlines()[0][:200]})') from e
 
-# %% ../nbs/60_training.ipynb #c518d036
+# %% ../nbs/60_training.ipynb #44bd873e
 @patch
 def _settle(self: Trainer):
     "Turn what is known of the last steps into plain numbers, and see that they are numbers"
@@ -596,7 +597,7 @@ def log(self: Trainer, **values):
         self.events = self.events or EventFiles(self.run/'events', self.begun)
         self.events.write(row)
 
-# %% ../nbs/60_training.ipynb #1c06206a
+# %% ../nbs/60_training.ipynb #0e6bf2a7
 @patch
 def end_epoch(self: Trainer):
     "Log, score the dev split, keep the best, write the checkpoint"
@@ -633,7 +634,7 @@ def give_back_memory():
     try: ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError, TypeError): pass   # not glibc
 
-# %% ../nbs/60_training.ipynb #503c1360
+# %% ../nbs/60_training.ipynb #7b2f1688
 @patch
 def _captions_of(self: Trainer, model: CaptionModel, ids: Sequence[str], width: int, attention: bool = False) -> dict: # Id → Hypothesis
     "The captions of `ids`, each rank writing a share of them; every rank gets all"
@@ -672,7 +673,7 @@ def judge(self: Trainer, value: float, # Higher is better
     if c.schedule == 'plateau' and self.stalled > c.plateau_patience: self.scale, self.stalled = max(self.scale*c.plateau_factor, c.lr_floor), 0
     self.stopped = bool(c.patience) and self.bad >= c.patience
 
-# %% ../nbs/60_training.ipynb #a61d8295
+# %% ../nbs/60_training.ipynb #665a88a8
 class Interrupted(Exception):
     "Somebody wants the run to stop; its state is as at the last step"
 
@@ -711,7 +712,7 @@ def _begin(self: Trainer):
     if self.machine.threads: torch.set_num_threads(self.machine.threads)
     self.save('last')
 
-# %% ../nbs/60_training.ipynb #dfc15a64
+# %% ../nbs/60_training.ipynb #c513bdd8
 @patch
 def _loop(self: Trainer, show: Callable):
     c, saved, shown = self.config, time.monotonic(), time.monotonic()
@@ -751,7 +752,7 @@ def _grant(self: Trainer, saved: float) -> float: # Time of the latest checkpoin
     self.save('last')
     return time.monotonic()
 
-# %% ../nbs/60_training.ipynb #bcd2c6d8
+# %% ../nbs/60_training.ipynb #af1ac606
 @patch
 def _groups(self: Trainer, show: Callable) -> Iterator[list[Batch]]:
     "The batches of each step, epoch after epoch"
@@ -772,7 +773,7 @@ def status(self: Trainer) -> str:
     dev = f', dev {self.config.monitor} {abs(self.best):.3f} (epoch {self.best_epoch})' if self.best > -math.inf else ''
     return f'epoch {min(self.epoch + 1, self.config.epochs)}/{self.config.epochs}{loss}{dev}'
 
-# %% ../nbs/60_training.ipynb #8313b338
+# %% ../nbs/60_training.ipynb #26f9d5a1
 @patch
 def _sample_batch(self: Trainer) -> Batch:
     batches = copy.copy(self.batches)   # a copy: the place in the order stays what it is
@@ -814,7 +815,7 @@ def _loop_settings(self: Trainer) -> Iterator[None]:
         torch.use_deterministic_algorithms(deterministic)
         for s, handler in before.items(): signal.signal(s, handler)
 
-# %% ../nbs/60_training.ipynb #ac7a25c4
+# %% ../nbs/60_training.ipynb #7c31db48
 @patch
 def _fit_by_ranks(self: Trainer, show: Callable) -> list[dict]:
     "Start the ranks, follow them to the end, and take up what they have learnt"
@@ -836,7 +837,7 @@ def _fit_by_ranks(self: Trainer, show: Callable) -> list[dict]:
     self.ready = False
     return self.history
 
-# %% ../nbs/60_training.ipynb #c3eec438
+# %% ../nbs/60_training.ipynb #99794832
 @patch
 def evaluate(self: Trainer, split: str = 'dev', # Which split
              width: int | None = None, # Beam width; None takes the configuration's
@@ -872,7 +873,7 @@ def _write_results(self: Trainer, result: Evaluation):
     if self.critic: results['reward'] = self.critic.signature
     atomic_write(path, json.dumps(results, indent=1) + '\n')
 
-# %% ../nbs/60_training.ipynb #eb1af9e3
+# %% ../nbs/60_training.ipynb #c6b752ed
 @patch
 def teacher_forced(self: Trainer, split: str = 'dev', # Which split
                    ) -> TeacherForced: # The same on every rank
@@ -885,7 +886,7 @@ def teacher_forced(self: Trainer, split: str = 'dev', # Which split
                              rank=ranks.rank, ranks=ranks.size)
     return TeacherForced.of(ranks.sum_(teacher_forced_sums(model, batches)))
 
-# %% ../nbs/60_training.ipynb #0823ba9b
+# %% ../nbs/60_training.ipynb #1cccfb23
 def demo_config(**changes, # Fields to set otherwise
                 ) -> Config:
     "The configuration of the demo: 2,000 drawn scenes, a small encoder trained jointly"
@@ -895,7 +896,7 @@ def demo_config(**changes, # Fields to set otherwise
                 threads=1)   # its operations are so small that a second thread mostly waits
     return Config.from_dict(demo | changes)
 
-# %% ../nbs/60_training.ipynb #e8e941f2
+# %% ../nbs/60_training.ipynb #70aa5e32
 def main(arguments: Sequence[str] | None = None) -> int:
     "`python -m caption_nb.training RUN`: train the run folder's config.json to the end and evaluate on dev; one rank, or all of them"
     arguments = sys.argv[1:] if arguments is None else list(arguments)

@@ -5,14 +5,13 @@ import shutil
 import time
 from pathlib import Path
 
-import nbformat
 import pytest
 
 from caption_nb.config import Config
 from caption_nb.leaderboard import (Leaderboard, compare, comparison_folder, group_rows, leaderboards, protocol, protocol_differences,
                                     read_row, read_rows, write_leaderboards)
-from caption_nb.runs import execute, experiment, new_run, note_fingerprints
-from caption_nb.training import Trainer, demo_config
+from caption_nb.runs import execute, experiment
+from tiny_runs import texts, tiny_run
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -261,22 +260,7 @@ def test_three_hundred_runs(tmp_path):
 def trained(tmp_path_factory) -> list[Path]:
     "Two seeds of one configuration and one of another, tiny, with results on dev"
     folder = tmp_path_factory.mktemp('trained')
-    runs = []
-    for seed, size in ((0, 16), (1, 16), (0, 24)):
-        config = demo_config(num_images=40, epochs=2, eval_every=1, seed=seed, embed_dim=size, hidden_dim=16, attention_dim=16, beam=2,
-                             name=f'tiny{size}', cache_dir=str(folder/'cache'))
-        runs.append(run := new_run(config, folder/'runs'))
-        trainer = Trainer(config, run, quiet=True).prepare()
-        note_fingerprints(run, trainer)
-        trainer.fit()
-        trainer.evaluate('dev')
-    return runs
-
-
-def texts(record: Path) -> str:
-    "All that the cells of an executed notebook show"
-    cells = nbformat.read(record, 4).cells
-    return '\n'.join(str(o.get('text', '') or o.get('data', {}).get('text/markdown', '')) for c in cells for o in c.get('outputs', []))
+    return [tiny_run(folder, seed, size) for seed, size in ((0, 16), (1, 16), (0, 24))]
 
 
 def test_compare(trained):

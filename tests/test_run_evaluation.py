@@ -7,7 +7,6 @@ import types
 from dataclasses import replace
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pytest
 
@@ -15,10 +14,11 @@ from caption_nb.config import Config
 from caption_nb.guard import ProtocolError
 from caption_nb.leaderboard import leaderboards
 from caption_nb.run_evaluation import captions_of, evaluate_best, evaluate_run, judge, note_report, trained_run
-from caption_nb.runs import new_run, note_fingerprints, score_lines
+from caption_nb.runs import score_lines
 from caption_nb.similarity import Measured
 from caption_nb.text import Vocab
-from caption_nb.training import Trainer, demo_config
+from caption_nb.training import Trainer
+from tiny_runs import texts, tiny_run
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -27,16 +27,7 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 def trained(tmp_path_factory) -> list[Path]:
     "Two seeds of one tiny configuration, with results on dev"
     folder = tmp_path_factory.mktemp('trained')
-    runs = []
-    for seed in (0, 1):
-        config = demo_config(num_images=40, epochs=2, eval_every=1, seed=seed, embed_dim=16, hidden_dim=16, attention_dim=16, beam=2,
-                             name='tiny', cache_dir=str(folder/'cache'))
-        runs.append(run := new_run(config, folder/'runs'))
-        trainer = Trainer(config, run, quiet=True).prepare()
-        note_fingerprints(run, trainer)
-        trainer.fit()
-        trainer.evaluate('dev')
-    return runs
+    return [tiny_run(folder, seed, size) for seed, size in ((0, 16), (1, 16))]
 
 
 def unfinished(folder: Path, name: str, status: str) -> Path:
@@ -47,12 +38,6 @@ def unfinished(folder: Path, name: str, status: str) -> Path:
     last = dict(status=status, attempt=1, seconds=60., signal=None, error=None, host='n1', pid=1)
     (run/'status.json').write_text(json.dumps(dict(last, attempts=[last])))
     return run
-
-
-def texts(record: Path) -> str:
-    "All that the cells of an executed notebook show"
-    cells = nbformat.read(record, 4).cells
-    return '\n'.join(str(o.get('text', '') or o.get('data', {}).get('text/markdown', '')) for c in cells for o in c.get('outputs', []))
 
 
 def training_state(run: Path) -> dict:
