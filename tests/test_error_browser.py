@@ -187,8 +187,8 @@ def test_gaps_are_sorted_and_checked():
     assert gaps[:2] == [Gap(2, 4., 'y', 'v', 5., 1.), Gap(1, -1., 'x', 'u', 1., 2.)] and gaps[2].id == 3
     assert plot_gaps(gaps)._repr_png_()
     with pytest.raises(ValueError, match='no image has a score in both'): plot_gaps(gaps[2:])
-    with pytest.raises(ValueError, match=r"b_captions lacks 2, 3 \(2 images\)"): caption_gaps(a, sa, {1: 'u'}, sb)
-    with pytest.raises(ValueError, match=r"b_per_image has, beyond the images of a_captions, 4 \(1 images\)"):
+    with pytest.raises(ValueError, match=r"b_captions lacks 2, 3: compare"): caption_gaps(a, sa, {1: 'u'}, sb)
+    with pytest.raises(ValueError, match=r"b_per_image has, beyond the images of a_captions, 4: compare"):
         caption_gaps(a, sa, b, sb | {4: {}})
     with pytest.raises(ValueError, match="a_per_image: no score 'CIDer' for 1: did you mean 'CIDEr'"): caption_gaps(a, sa, b, sb, 'CIDer')
 
@@ -294,7 +294,7 @@ def test_page_sorts_and_filters(scenes, opened):
     assert {m.lower() for m in marks} <= {'ring', 'rings'} and len(marks) >= len(wrong)
     tab.locator('#missed').select_option('=star')
     assert len(shown(tab)) == sum(any(m.object == 'star' for m in i['missed']) for i in wrong)
-    assert 'short (' in tab.locator('figcaption').first.inner_text()
+    assert 'short (' in tab.locator('figcaption').first.text_content()
     tab.get_by_role('button', name='show all').click()
     until(tab, lambda: tab.locator('figure').count() == len(items))
     tab.locator('#text').fill('TRIANGLE blue')
@@ -309,7 +309,7 @@ def test_copies_of_training_captions_can_be_hidden(tmp_path, opened):
     items = [dict(caption='old', nearest=Nearest('old', 1., 3)), dict(caption='new', nearest=Nearest('old', 0.2, 0)),
              dict(caption='unknown')]
     tab, faults = opened(error_page(tmp_path/'page.html', items))
-    assert 'in train, word for word, 3 times: old' in tab.locator('figcaption').first.inner_text()
+    assert 'in train, word for word, 3 times: old' in tab.locator('figcaption').first.text_content()
     tab.locator('#new').check()
     assert shown(tab) == ['new', 'unknown']
     tab.locator('#sort').select_option('similarity')
