@@ -104,7 +104,7 @@ class Phases:
                 after(trainer)
                 return done
             setattr(Trainer, name, step)
-        during('prepare', lambda t: int((t.checkpoints/'last').exists()), lambda t: self.put(begun=t.step, step=t.step))
+        during('prepare', lambda t: int(bool(generations(t.checkpoints/'last'))), lambda t: self.put(begun=t.step, step=t.step))
         during('train_step', lambda t: 2, lambda t: self.put(step=t.step))
         during('_score_dev', lambda t: 3, lambda t: self.put(phase=2))
         during('evaluate', lambda t: 4, lambda t: None)
@@ -331,7 +331,7 @@ class Torturer:
 
     def strike(self, name: str, run: Path) -> tuple[Forked, Kill | None]:
         "Start, wait for a moment, hit"
-        rng, fresh, rank = self.rng, not (run/'checkpoints'/'last').exists(), self.rng.randrange(self.ranks)
+        rng, fresh, rank = self.rng, not generations(run/'checkpoints'/'last'), self.rng.randrange(self.ranks)
         possible = [t for t in TARGETS if t != ('resuming' if fresh else 'starting') and (rank == 0 or t != 'checkpoint')]   # rank 0 writes
         target = min(possible, key=lambda t: (self.hit[t], rng.random()))
         attempt = Forked(self.server, run, self.ranks, rank, TARGETS.index(target), rng.randint(1, 6//self.ranks))
@@ -403,7 +403,10 @@ class Torturer:
     def strike_started(self, name: str, run: Path) -> tuple[Started, Kill]:
         "As `strike`, of a trainer in a program of its own"
         last, metrics = run/'checkpoints'/'last'/'training.pt', run/'metrics.jsonl'
-        def look(): return [p.stat().st_mtime_ns if p.exists() else 0 for p in (last, metrics)]
+        def changed(p):
+            try: return p.stat().st_mtime_ns
+            except FileNotFoundError: return 0   # not yet there, or `last` is being exchanged just now
+        def look(): return [changed(p) for p in (last, metrics)]
         def writes(): return any((run/'checkpoints').glob('.*.new'))
         before, attempt = look(), Started(run)
         moved = self.until(attempt, lambda: all(a != b for a, b in zip(before, look())))   # past its first checkpoint

@@ -53,7 +53,7 @@ def test_higher_partition_preempts(cluster):
     until(lambda: heard(low) == ['start', 'warned'], 10, lambda: cluster.output(low))
     assert cluster.state(low) == 'RUNNING' and cluster.info(low)['PreemptTime'] != 'None'
     until(lambda: heard(low0)[-1] == 'start 1', 20, lambda: cluster.output(low0))
-    assert sorted(heard(low0)) == ['start', 'start 1', 'term', 'warned']   # both signals at once
+    assert [w for w in heard(low0) if w != 'warned'] == ['start', 'term', 'start 1']   # both signals at once: the trap of TERM may end it first
     cluster.run('scancel', high, low, low0)
 
 

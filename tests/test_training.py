@@ -20,7 +20,7 @@ import caption_nb.checkpoints as checkpoints
 import caption_nb.training as training
 from caption_nb.basics import read_json_lines
 from caption_nb.captioner import Captioner, load_model
-from caption_nb.checkpoints import CHECKPOINT_FILES, CheckpointError, RunBusy
+from caption_nb.checkpoints import CHECKPOINT_FILES, CheckpointError, RunBusy, checkpoint_step, generations
 from caption_nb.config import Config, ConfigError
 from caption_nb.ranks import choose_device
 from caption_nb.training import Trainer, main
@@ -184,18 +184,20 @@ def test_killed_process_continues(cache, done, tmp_path):
     (run/'config.json').write_text(done.config.to_json())
     command = [sys.executable, '-m', 'caption_nb.training', str(run)]
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    last, seen = run/'checkpoints'/'last'/'training.pt', []
+    last, seen = run/'checkpoints'/'last', []
+    def written():
+        try: return (last/'training.pt').stat().st_mtime_ns
+        except FileNotFoundError: return None   # not yet there, or exchanged just now
     for _ in range(2):
-        stamp = last.stat().st_mtime_ns if last.exists() else None
+        stamp = written()
         process = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         deadline = time.time() + 60
         while process.poll() is None and time.time() < deadline:   # let it get past one more checkpoint, then kill it wherever it is
-            if last.exists() and last.stat().st_mtime_ns != stamp: break
+            if written() not in (None, stamp): break
             time.sleep(0.02)
         process.kill()
         process.wait()
-        assert last.exists()
-        seen.append(torch.load(last, weights_only=True)['step'])
+        seen.append(checkpoint_step(generations(last)[0]))   # the kill may have come between two renames
     assert seen[0] < seen[1] or seen[1] == 12
     finished = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stderr[-2000:]
