@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['RUNS_DIR', 'COMMANDS', 'parse_config', 'launch', 'report', 'train', 'demo', 'presets', 'runs', 'caption',
            'find_checkpoint_folder', 'caption_photos', 'extract', 'check', 'watch', 'submit', 'sweep', 'status',
-           'follow', 'cancel', 'evaluate', 'score', 'compare', 'pull', 'usage', 'main']
+           'follow', 'cancel', 'evaluate', 'score', 'compare', 'pull', 'download', 'usage', 'main']
 
-# %% ../nbs/90_cli.ipynb #81ba3bc7
+# %% ../nbs/90_cli.ipynb #0d400dba
 import dataclasses
 import json
 import os
@@ -27,10 +27,10 @@ from .progress import Follow, readable
 from .runs import Run, continue_command, execute, experiment, find_run, list_runs, new_run, reproduce_command, score_lines, write_summary
 from .slurm import BUSY, SlurmError
 
-# %% ../nbs/90_cli.ipynb #1d180fd9
+# %% ../nbs/90_cli.ipynb #d3ba7177
 if TYPE_CHECKING: from caption_nb.config import Config
 
-# %% ../nbs/90_cli.ipynb #7d4d45e7
+# %% ../nbs/90_cli.ipynb #bdfc89ab
 def _group_class(group: str, fields: list[dataclasses.Field], values: dict[str, Any]) -> type:
     "A dataclass of the `fields` of one group, which tyro shows under one heading"
     import tyro
@@ -60,7 +60,7 @@ def _flags_class(config: 'Config', # The defaults
 
 
 
-# %% ../nbs/90_cli.ipynb #bba93c27
+# %% ../nbs/90_cli.ipynb #1320b94c
 def parse_config(argv: list[str], # Words of the command line after the command
                  command: str = 'train', # For the help page
                  doc: str = '', # What the command does
@@ -78,7 +78,7 @@ def parse_config(argv: list[str], # Words of the command line after the command
     values = {k: v for group, part in found.items() if group in GROUPS for k, v in part.items()}
     return Config.from_dict(dataclasses.asdict(config) | values), {k: v for k, v in found.items() if k not in GROUPS}
 
-# %% ../nbs/90_cli.ipynb #4d5ecf07
+# %% ../nbs/90_cli.ipynb #d90a0bb7
 def launch(config: 'Config', # What to run
            run_dir: str = '', # Exactly this folder, which must not exist; default: a new one in config.runs_dir
            quiet: bool = False, # Show no progress
@@ -112,7 +112,7 @@ def report(run: Path, # Run folder
     print(f'{what}\nrecord: {record}\n{again or f"continue with: {continue_command(run)}"}', file=sys.stderr)
     return 128 + signal.Signals[truth['signal']] if truth['signal'] else 130 if truth['status'] == 'interrupted' else 1
 
-# %% ../nbs/90_cli.ipynb #ce98efe6
+# %% ../nbs/90_cli.ipynb #e843546c
 def _resumed(argv: list[str], config: 'Config', extra: list[tuple], doc: str) -> 'Config':
     "The configuration of the run that `config.resume` names, with flags that leave it the same experiment"
     from caption_nb.config import CHANGEABLE, Config
@@ -131,7 +131,7 @@ def _run_dir() -> tuple:
     text = 'Exactly this run folder, which must not exist; otherwise a new one in --runs-dir gets a name of its own.'
     return ('run_dir', Annotated[str, tyro.conf.arg(help=text)], dataclasses.field(default=''))
 
-# %% ../nbs/90_cli.ipynb #83d3c626
+# %% ../nbs/90_cli.ipynb #b7ddb455
 def _preset() -> tuple:
     import tyro
     text = 'A preset (see caption-nb presets) or a YAML file, whose values the other flags change.'
@@ -171,7 +171,7 @@ def _base(argv: list[str]) -> tuple[list[str], 'Config | None']:
     stage = _given(argv, '--stage', 'xe')
     return argv, follow_up(load_preset(preset) if preset else Config.load(folder/'config.json'), folder, stage if stage == 'scst' else 'xe')
 
-# %% ../nbs/90_cli.ipynb #21df1144
+# %% ../nbs/90_cli.ipynb #6eababd6
 def train(argv: list[str]) -> int:
     "Train a captioner, caption and score the held-out photos, and record it all in a run folder."
     argv, base = _base(argv)
@@ -189,7 +189,7 @@ def demo(argv: list[str]) -> int:
     config, extra = parse_config(argv, 'demo', demo.__doc__, default=demo_config(), extra=[_run_dir()])
     return launch(config, extra['run_dir'])
 
-# %% ../nbs/90_cli.ipynb #9d2e203a
+# %% ../nbs/90_cli.ipynb #602f8bbe
 def presets(argv: list[str]) -> int:
     "List the configurations that are shipped, for train --preset NAME."
     import tyro
@@ -235,7 +235,7 @@ def _caption_arguments(argv: list[str]) -> dict[str, Any]:
         return dict(locals())
     return tyro.cli(arguments, prog='caption-nb caption', description=caption.__doc__, args=argv)
 
-# %% ../nbs/90_cli.ipynb #8ba32657
+# %% ../nbs/90_cli.ipynb #187d990d
 def caption(argv: list[str]) -> int:
     "Caption photos with the best checkpoint of a run, or by the vote of several."
     a = _caption_arguments(argv)
@@ -251,7 +251,7 @@ def find_checkpoint_folder(run: str, # Run folder, part of its name, or a checkp
     "The checkpoint that `run` means"
     return Path(run) if (Path(run)/'model.safetensors').is_file() else Run(run, runs_dir).checkpoint()
 
-# %% ../nbs/90_cli.ipynb #f7457f72
+# %% ../nbs/90_cli.ipynb #f6372606
 def caption_photos(folders: list[Path], # Checkpoint folders: one model, or several that vote
                    photos: tuple[str, ...], # Image files
                    options: dict[str, Any], # For `Captioner.search`, or with a temperature for `Captioner.sample`
@@ -274,7 +274,7 @@ def caption_photos(folders: list[Path], # Checkpoint folders: one model, or seve
         else: print('\n'.join(f'{photo}: {text}' for text in texts), flush=True)
     return status
 
-# %% ../nbs/90_cli.ipynb #f899ae7c
+# %% ../nbs/90_cli.ipynb #28f0d2a0
 def extract(argv: list[str]) -> int:
     "Encode every photo once and store the features, for all runs that use this encoder."
     from caption_nb.training import prepare_data, prepare_encoder, prepare_features
@@ -301,7 +301,7 @@ def check(argv: list[str]) -> int:
     print(result)
     return 0 if result.ok else 1
 
-# %% ../nbs/90_cli.ipynb #c4f6a979
+# %% ../nbs/90_cli.ipynb #fe7c96f0
 def _watch_arguments(argv: list[str]) -> tuple[str, float, bool, str]:
     import tyro
     def arguments(run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar='RUN', help='Run folder, or part of its name.')],
@@ -330,7 +330,7 @@ def watch(argv: list[str]) -> int: # Exit status: 1 if the run ended without bei
     except KeyboardInterrupt: print('\nleft; the run goes on')
     return 0
 
-# %% ../nbs/90_cli.ipynb #41bc3222
+# %% ../nbs/90_cli.ipynb #16061908
 def _arguments(command: Callable, # Whose name and docstring the help page has
                argv: list[str], # Words of the command line
                positional: tuple[str, str] = ('', ''), # Name and meaning of the words that are no flags
@@ -353,7 +353,7 @@ def _arguments(command: Callable, # Whose name and docstring the help page has
     found = tyro.cli(form, prog=f'caption-nb {command.__name__}', description=command.__doc__, args=argv, config=(tyro.conf.OmitArgPrefixes,))
     return dataclasses.asdict(found)
 
-# %% ../nbs/90_cli.ipynb #70f33e3a
+# %% ../nbs/90_cli.ipynb #1c75646d
 RUNS_DIR = (str, 'papermill_runs', 'Where names of runs are looked up.')
 
 
@@ -394,7 +394,7 @@ def _profile(name: str, changes: dict[str, Any]):
         raise ValueError(f'say with --profile where it shall run: {", ".join(known())}, or a file of your own (see slurm/README.md)')
     return load_profile(name or 'default', **changes)
 
-# %% ../nbs/90_cli.ipynb #a9d58e05
+# %% ../nbs/90_cli.ipynb #b9b6d654
 def _profile_again(config: 'Config', changes: dict[str, Any]):
     "The profile with which the run `config.resume` was submitted before, with `changes`"
     from caption_nb.jobs import read_job
@@ -403,7 +403,7 @@ def _profile_again(config: 'Config', changes: dict[str, Any]):
     if not (folder/'job.json').is_file(): return _profile('', changes)
     return Profile.from_dict(read_job(folder)['profile'] | {k: v for k, v in changes.items() if v not in (None, '')})
 
-# %% ../nbs/90_cli.ipynb #6c37a8a6
+# %% ../nbs/90_cli.ipynb #b41b8aa1
 def submit(argv: list[str]) -> int:
     "Hand steps of a run to SLURM: extract, train, scst, evaluate, compare. For example: submit train --profile one-gpu."
     from caption_nb import slurm
@@ -433,7 +433,7 @@ def _check_files(config: 'Config', profile: Any, notebook: str):
     if config.data != 'scenes' and not (Path(profile.work or '.')/config.data).exists():
         raise FileNotFoundError(f'--data {config.data}: no such file or folder (from {Path(profile.work or ".").resolve()})')
 
-# %% ../nbs/90_cli.ipynb #0819cbb6
+# %% ../nbs/90_cli.ipynb #d6606b99
 def _new_job(config: 'Config', profile: Any, steps: tuple[str, ...], flags: dict[str, Any]) -> Path | None:
     "A new run with its job folder; None after a dry run, which leaves nothing behind"
     from caption_nb.submit import discard, make_runs, new_job, visibility_warning
@@ -464,7 +464,7 @@ def _show(folder: Path, profile: Any, left: dict | None = None, job: dict | None
             try: print(slurm.test(script), file=sys.stderr)
             except slurm.SlurmError as e: print(e, file=sys.stderr)
 
-# %% ../nbs/90_cli.ipynb #9379d687
+# %% ../nbs/90_cli.ipynb #84b63473
 def _job_again(argv: list[str], config: 'Config', extra: list, profile: Any, steps: tuple[str, ...], flags: dict[str, Any]) -> Path | None:
     "The job folder of a run that goes on; None after a dry run"
     from caption_nb.config import Config
@@ -487,7 +487,7 @@ def _job_again(argv: list[str], config: 'Config', extra: list, profile: Any, ste
     print(f'run folder: {run}', flush=True)
     return folder
 
-# %% ../nbs/90_cli.ipynb #bd5fcaab
+# %% ../nbs/90_cli.ipynb #9d3e6339
 def _submitted(folder: Path, left: dict[str, list[int]], new: bool, after: Sequence[int]) -> list:
     "Hand what is left to SLURM; if it refuses all of it, nothing stays of folders that are `new`"
     from caption_nb.jobs import read_job
@@ -516,7 +516,7 @@ def _hand_over(folder: Path, profile: Any, left: dict[str, list[int]], new: bool
     print(f'{done} of {len(codes)} steps done; caption-nb status {shlex.quote(name)} shows the runs')
     return 0 if done == len(codes) else max(1, *codes.values())
 
-# %% ../nbs/90_cli.ipynb #bd4abedb
+# %% ../nbs/90_cli.ipynb #3f11f541
 def sweep(argv: list[str]) -> int:
     "Many runs from one page: a grid, a list, a random search. Given again, it runs only what is missing or failed."
     from caption_nb.submit import left_to_do, runs_folder, visibility_warning
@@ -541,7 +541,7 @@ def sweep(argv: list[str]) -> int:
     if profile.slurm and (doubt := visibility_warning(folder)): print(f'caution: {doubt}', file=sys.stderr)
     return _hand_over(folder, profile, left, new, jobs=a['jobs']) if left else 0
 
-# %% ../nbs/90_cli.ipynb #c76b7c58
+# %% ../nbs/90_cli.ipynb #15c2dc0d
 def _sweep_tasks(found: Any, folder: Path, profile: Any, a: dict[str, Any]) -> list[int]:
     "Make the job folder of a sweep, or add to it what is new; the numbers of its tasks"
     from caption_nb.jobs import read_job
@@ -577,7 +577,7 @@ def _show_sweep(found: Any, folder: Path, profile: Any, a: dict[str, Any]) -> in
     finally: discard(folder)
     return 0
 
-# %% ../nbs/90_cli.ipynb #a2bccce0
+# %% ../nbs/90_cli.ipynb #3e71dcc3
 def status(argv: list[str]) -> int:
     "One table of runs: jobs, states and reasons, progress, last score, time left."
     from caption_nb.monitor import show_status
@@ -612,7 +612,7 @@ def cancel(argv: list[str]) -> int:
         if target.pid: os.kill(target.pid, signal.SIGTERM)
     return 0
 
-# %% ../nbs/90_cli.ipynb #5efb22ee
+# %% ../nbs/90_cli.ipynb #31206411
 def evaluate(argv: list[str]) -> int:
     "Caption a split with the best checkpoint of a run, and score it in every way; the record lies in the run's folder."
     from caption_nb.run_evaluation import evaluate_run
@@ -638,7 +638,7 @@ def evaluate(argv: list[str]) -> int:
           f'errors: {truth["out"]/"errors.html"}', sep='\n')
     return 0
 
-# %% ../nbs/90_cli.ipynb #fcf38179
+# %% ../nbs/90_cli.ipynb #9d6f18f9
 def score(argv: list[str]) -> int:
     "Score anybody's files of captions against references: coco-caption's numbers and names, without a model, with intervals."
     from caption_nb.evaluation import score_files
@@ -659,7 +659,7 @@ def score(argv: list[str]) -> int:
     print(json.dumps(found.to_dict(), ensure_ascii=False, indent=1) if as_json else found.text())
     return 0
 
-# %% ../nbs/90_cli.ipynb #f27d524d
+# %% ../nbs/90_cli.ipynb #14a1d64a
 def compare(argv: list[str]) -> int:
     "A leaderboard of runs: means over seeds, curves, cost, how to reproduce each. Refuses to rank what was measured differently."
     from caption_nb.leaderboard import compare as compare_runs
@@ -690,8 +690,34 @@ def pull(argv: list[str]) -> int:
     print('\n'.join(pull_lines(where, names, a['to'], a['checkpoints'])))
     return 0
 
-# %% ../nbs/90_cli.ipynb #1ce12451
-COMMANDS = dict(demo=demo, check=check, extract=extract, train=train, evaluate=evaluate, score=score, caption=caption, submit=submit, sweep=sweep,
+# %% ../nbs/90_cli.ipynb #19e91c06
+def download(argv: list[str]) -> int:
+    "Bring a data set or word vectors here: mirrors, resumed, checked, unpacked safely. Without a name: what there is."
+    from caption_nb.download import catalogue, find_source, url_lines, verify
+    from caption_nb.download import download as bring
+    a = _arguments(download, argv, ('names', 'What to bring: flickr8k, coco2014, …; the list without any.'), many=True,
+                   folder=(str, '', 'Where to; data/NAME if not given.'),
+                   accept_licence=(bool, False, 'Accept the licence, which is shown, without being asked.'),
+                   verify_only=(bool, False, 'Read and compare what is there; change nothing.'),
+                   force=(bool, False, 'Bring it again, and replace files that differ.'),
+                   keep=(bool, False, 'Keep the archives, in .downloads of the folder.'),
+                   print_urls=(bool, False, 'Print the addresses, to fetch elsewhere, and do nothing.'),
+                   from_folder=(str, '', 'Take the files from this folder, where they were brought by hand.'),
+                   stall=(float, 60., 'Seconds without news after which a connection is given up.'))
+    sources, status = [find_source(name) for name in a['names']], 0
+    if not sources: print(catalogue())
+    for source in sources:
+        folder = a['folder'] or f'data/{source.name}'
+        if a['print_urls']: print(url_lines(source))
+        elif a['verify_only']:
+            wrong = verify(source.name, folder, a['from_folder'])
+            print('\n'.join(wrong) or f'{source.name}: all of it is there, and unchanged')
+            status = max(status, bool(wrong))
+        else: bring(source.name, folder, **{name: a[name] for name in ('accept_licence', 'force', 'keep', 'from_folder', 'stall')})
+    return int(status)
+
+# %% ../nbs/90_cli.ipynb #d3526cbc
+COMMANDS = dict(demo=demo, download=download, check=check, extract=extract, train=train, evaluate=evaluate, score=score, caption=caption, submit=submit, sweep=sweep,
                 status=status, follow=follow, watch=watch, cancel=cancel, compare=compare, runs=runs, pull=pull, presets=presets)
 
 
@@ -722,5 +748,5 @@ def main(argv: list[str] | None = None, # Default: the words of the command line
         print('\n'.join(f'caption-nb {name}: {line}' for line in str(e).splitlines()), file=sys.stderr)
         return 2
 
-# %% ../nbs/90_cli.ipynb #6abff422
+# %% ../nbs/90_cli.ipynb #3477ed31
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())
