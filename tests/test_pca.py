@@ -236,6 +236,9 @@ def test_killed_and_continued_with_its_own_pca(store, tmp_path, monkeypatch):
     done = reduced_store(store, store.ids[:40], 5, tmp_path/'p.h5', quiet=True)
     assert sha256_file(done.path) == sha256_file(whole.path)
     assert reduced_store(store, store.ids[:40], 5, done.path, quiet=True).ids == store.ids   # there already
+    given = reduced_store(store, [], 0, pca=stored_pca(done), quiet=True)   # a checkpoint's: nothing is fitted
+    assert given.path == reduced_path(store, store.ids[:40], 5) and np.array_equal(given.read(given.ids), done.read(done.ids))
+    given.path.unlink()
 
 
 def test_the_name_says_what_decides(store):
@@ -270,6 +273,7 @@ def test_new_photos_are_where_the_store_has_them(photos, encoder, tmp_path, whit
         stored = torch.from_numpy(out.read(photos.ids('dev'), v)).float()
         assert (small.encode_batch(view) - stored).abs().max() < 2e-3*stored.abs().max()
         assert (small(small.normalise(view)) - stored).abs().max() < 1e-2*stored.abs().max()
+    assert small.base.spec == encoder.spec and small.base.frozen and torch.equal(small.base.encode_batch(images), encoder.encode_batch(images))
     assert small.spec == out.attrs['encoder'] and small.dim == 12 and small.grid == encoder.grid == (2, 2)
     direct = extract(photos, small, tmp_path/'b.h5', views=('plain', 'flip'), quiet=True)   # without the large store
     assert np.abs(direct.read(out.ids).astype('f4') - out.read(out.ids).astype('f4')).max() < 2e-3*np.abs(out.read(out.ids)).max()
