@@ -7,7 +7,7 @@ __all__ = ['concept_loss', 'CaptionModel', 'description', 'model_files', 'load_e
            'search_signature', 'caption_images', 'attention_maps', 'TeacherForced', 'teacher_forced_sums',
            'teacher_forced', 'Explanation', 'Captioner', 'Evaluation']
 
-# %% ../nbs/59_captioner.ipynb #21edc3eb
+# %% ../nbs/59_captioner.ipynb #5d38a71f
 import json
 import math
 import tempfile
@@ -34,13 +34,14 @@ from .encoders import Encoder, load_weights
 from .ensemble import Ensemble
 from .guard import Finding
 from .metrics import Scores
+from .pca import encoder_from_spec
 from .ranks import choose_device
 from .sampling import sample as draw
 from .scenes import Grounding
 from .scheduled_sampling import mixed_inputs
 from .text import Vocab, tokenize_all
 
-# %% ../nbs/59_captioner.ipynb #248dcf1a
+# %% ../nbs/59_captioner.ipynb #74f4d6b1
 def concept_loss(scores: Tensor, # (B, L, V) of each word in each cell
                  tokens: Tensor, # (B*k, T) word ids of the captions
                  specials: int = 4, # The first words of the vocabulary, which are no words
@@ -51,7 +52,7 @@ def concept_loss(scores: Tensor, # (B, L, V) of each word in each cell
     found = scores.float().logsumexp(1) - math.log(L)
     return F.binary_cross_entropy_with_logits(found[:, specials:], there[:, specials:])
 
-# %% ../nbs/59_captioner.ipynb #470e661b
+# %% ../nbs/59_captioner.ipynb #ca4a40d1
 class CaptionModel(nn.Module):
     "An encoder and a decoder: from pixels or stored features to the loss of captions"
     def __init__(self, encoder: Encoder, decoder: Decoder,
@@ -91,7 +92,7 @@ class CaptionModel(nn.Module):
         parts = self.parts(batch, *args, **kwargs)
         return sum(parts.values()), parts['words']
 
-# %% ../nbs/59_captioner.ipynb #88781cb7
+# %% ../nbs/59_captioner.ipynb #3c678fc1
 def description(model: CaptionModel, vocab: Vocab, config: Config) -> dict[str, bytes]: # File name → content
     "The small files of a checkpoint: all but the weights"
     with tempfile.TemporaryDirectory() as scratch: words = vocab.save(Path(scratch)/'vocab.json').read_bytes()
@@ -103,14 +104,14 @@ def model_files(model: CaptionModel, vocab: Vocab, config: Config) -> dict[str, 
     "The files that make `model` usable elsewhere"
     return {'model.safetensors': weight_bytes(model.state_dict())} | description(model, vocab, config)
 
-# %% ../nbs/59_captioner.ipynb #64344fd7
+# %% ../nbs/59_captioner.ipynb #4117141f
 def load_encoder(folder: str | Path, # A checkpoint or run folder
                  ) -> Encoder: # Not frozen
     "The encoder of the checkpoint in `folder`"
     folder = find_checkpoint(folder)
     spec = read_part(folder, 'preprocess.json', lambda path: json.loads(path.read_text(encoding='utf-8')))
     weights = checkpoint_weights(folder)
-    return Encoder.from_spec(spec, {n.removeprefix('encoder.'): t for n, t in weights.items() if n.startswith('encoder.')})
+    return encoder_from_spec(spec, {n.removeprefix('encoder.'): t for n, t in weights.items() if n.startswith('encoder.')})
 
 
 def load_model(folder: str | Path, # A checkpoint or run folder
@@ -121,13 +122,13 @@ def load_model(folder: str | Path, # A checkpoint or run folder
     weights = checkpoint_weights(folder)
     spec = read_part(folder, 'preprocess.json', lambda path: json.loads(path.read_text(encoding='utf-8')))
     def part(name): return {n.removeprefix(name): t for n, t in weights.items() if n.startswith(name)}
-    encoder, words = Encoder.from_spec(spec, part('encoder.')), weights.get('decoder.embedding.vectors.weight')
+    encoder, words = encoder_from_spec(spec, part('encoder.')), weights.get('decoder.embedding.vectors.weight')
     vector_dim = words.shape[1] if config.word_vectors and words is not None else 0   # pretrained vectors may be of any width
     decoder = make_decoder(config, vocab, encoder, vector_dim)
     load_weights(decoder, part('decoder.'), str(folder/'model.safetensors'))
     return CaptionModel(encoder.freeze(), decoder.eval()), vocab, config
 
-# %% ../nbs/59_captioner.ipynb #094a965c
+# %% ../nbs/59_captioner.ipynb #cd7b0584
 def search_options(config: Config, vocab: Vocab) -> dict: # Arguments of `generate`
     "How `config` wants captions to be searched"
     c = config
@@ -167,7 +168,7 @@ def caption_images(model: CaptionModel, # On any device
         if check: check()
     return found
 
-# %% ../nbs/59_captioner.ipynb #9af834ca
+# %% ../nbs/59_captioner.ipynb #3cf6fa40
 def attention_maps(hypothesis: Hypothesis, # With attention
                    grid: tuple[int, int], # (gh, gw)
                    ) -> Tensor | None: # (T, gh, gw), or None if the decoder does not attend
@@ -177,7 +178,7 @@ def attention_maps(hypothesis: Hypothesis, # With attention
     if a.ndim == 3: a = a.mean(1)                                  # (T, L)
     return a[:len(hypothesis.tokens)].unflatten(-1, tuple(grid))
 
-# %% ../nbs/59_captioner.ipynb #b3c93110
+# %% ../nbs/59_captioner.ipynb #2eb375e5
 @dataclass(frozen=True)
 class TeacherForced:
     "How well the words of people were foreseen, each after the true words before it"
@@ -201,7 +202,7 @@ class TeacherForced:
         return (f'loss {self.loss:.4f} nats per word, perplexity {self.perplexity:.2f}, top-1 {self.top1:.2%}, top-5 {self.top5:.2%} '
                 f'of {self.words:,} words ({self.unknown:.2%} <unk>)')
 
-# %% ../nbs/59_captioner.ipynb #c0cafff6
+# %% ../nbs/59_captioner.ipynb #d584c065
 def teacher_forced_sums(model: CaptionModel, # On any device; left in the mode it was in
                         batches: Iterable[Batch], # Images and captions, such as `CaptionBatches(…, shuffle=False)`
                         ) -> Tensor: # (5,) float64: nats, words likeliest, words among the five likeliest, `<unk>`, words
@@ -228,7 +229,7 @@ def teacher_forced(model: CaptionModel, batches: Iterable[Batch]) -> TeacherForc
     "Loss, perplexity, top-1 and top-5 accuracy of `model` on the captions of `batches`, under teacher forcing"
     return TeacherForced.of(teacher_forced_sums(model, batches))
 
-# %% ../nbs/59_captioner.ipynb #0ea99bce
+# %% ../nbs/59_captioner.ipynb #6b7b05c0
 @dataclass
 class Explanation:
     "A caption, and where the decoder looked at each of its words"
@@ -240,7 +241,7 @@ class Explanation:
     @property
     def caption(self) -> str: return ' '.join(self.words)
 
-# %% ../nbs/59_captioner.ipynb #c5744cf6
+# %% ../nbs/59_captioner.ipynb #2f8b407a
 class Captioner:
     "A trained model that captions images, or several that vote: `Captioner.load(folder).caption('photo.jpg')`"
     def __init__(self, models: CaptionModel | Sequence[CaptionModel], # Each with its own encoder and any decoder
@@ -275,7 +276,7 @@ class Captioner:
         opened, encoder = [p if isinstance(p, Image.Image) else open_image(p) for p in photos], (model or self.model).encoder
         return torch.stack([encoder.transform(p.convert('RGB')) for p in opened])
 
-# %% ../nbs/59_captioner.ipynb #d6d9f291
+# %% ../nbs/59_captioner.ipynb #e6ed2e1a
 @patch
 def _apply(self: Captioner, how: Callable, photos: Sequence, options: dict) -> list[list[Hypothesis]]:
     "`how(decoder, grid)` for all `photos`, 32 at a time; `options` over those of the configuration"
@@ -295,7 +296,7 @@ def ids(self: Captioner, words: str) -> list[int]:
         if word not in self.vocab.words: raise ValueError(f'the model does not know the word {word!r}: {nearest(word, self.vocab.words)}')
     return [self.vocab.words.index(word) for word in tokens]
 
-# %% ../nbs/59_captioner.ipynb #e040537d
+# %% ../nbs/59_captioner.ipynb #9c5f3aa4
 @patch
 def search(self: Captioner, photos: Sequence[str | Path | Image.Image], # n photos
            beam: int | None = None, # Width; None takes the configuration's
@@ -324,7 +325,7 @@ def caption(self: Captioner, photos: str | Path | Image.Image | Sequence, # A pa
     found = [self.vocab.decode(h[0].tokens) for h in self.search([photos] if one else list(photos), beam, **options)]
     return found[0] if one else found
 
-# %% ../nbs/59_captioner.ipynb #a7b9e5f5
+# %% ../nbs/59_captioner.ipynb #3b01e999
 @patch
 def explain(self: Captioner, photo: str | Path | Image.Image, # One photo
             beam: int | None = None, # Width; None takes the configuration's
@@ -338,7 +339,7 @@ def explain(self: Captioner, photo: str | Path | Image.Image, # One photo
     seen = Image.fromarray(self.images([photo], model)[0].permute(1, 2, 0).numpy())
     return Explanation(seen, [self.vocab.words[i] for i in h.tokens], attention_maps(h, model.encoder.grid), h.score)
 
-# %% ../nbs/59_captioner.ipynb #0b5c8e24
+# %% ../nbs/59_captioner.ipynb #a52b288f
 @dataclass
 class Evaluation:
     "Captions of a split and what they score"

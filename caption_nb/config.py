@@ -9,7 +9,7 @@ __all__ = ['SEARCH', 'GROUPS', 'DECODERS', 'FREE_FIELDS', 'CHANGEABLE', 'SCST_RE
            'field_faults', 'channel_values', 'foreign_options', 'for_decoder', 'combination_faults', 'FieldHelp',
            'config_help', 'follow_up', 'presets', 'load_preset']
 
-# %% ../nbs/55_config.ipynb #b38b5aa7
+# %% ../nbs/55_config.ipynb #f2a44be2
 import dataclasses
 import hashlib
 import json
@@ -23,11 +23,12 @@ from .attention import AttentionDecoder
 from .basics import experiments_folder, nearest
 from .decoder import Decoder
 from .encoders import Encoder
+from .layouts import LAYOUTS
 from .recurrent import RecurrentDecoder
 from .text import Vocab
 from .transformer import TransformerDecoder
 
-# %% ../nbs/55_config.ipynb #2b4a3427
+# %% ../nbs/55_config.ipynb #456ac34d
 def option(group: str, # Heading under which the field is shown
            default: str | int | float | bool, # Its type is the field's type
            help: str, # Meaning, and unit where there is one
@@ -38,12 +39,12 @@ def option(group: str, # Heading under which the field is shown
     "A dataclass field with its `help` and the limits that `Config.validate` checks"
     return dataclasses.field(default=default, metadata=dict(group=group, help=help, choices=tuple(choices), low=low, high=high))
 
-# %% ../nbs/55_config.ipynb #9bfd68f7
+# %% ../nbs/55_config.ipynb #4c3e026f
 @dataclass
 class DataOptions:
     "What to learn from"
     data: str = option('data', 'scenes', 'folder with images and captions; the name scenes draws the embedded data set')
-    layout: str = option('data', 'auto', 'how the captions are stored', choices=('auto', 'kaggle', 'tokens', 'karpathy', 'scenes'))
+    layout: str = option('data', 'auto', 'how the captions are stored', choices=('auto', *(n for n in LAYOUTS if n != 'images')))
     num_images: int = option('data', 0, 'use only so many images, spread over the splits; 0 uses all', low=0)
     split_seed: int = option('data', 0, 'seed of the subset, and of the split where the data has none; for scenes, of the drawing', low=0)
     min_freq: int = option('data', 5, 'a word enters the vocabulary if it occurs so often in the train captions', low=1)
@@ -51,7 +52,7 @@ class DataOptions:
     tokenizer: str = option('data', 'ptb', 'what cuts captions into words', choices=('ptb', 'spacy', 'nltk', 'whitespace'))
     max_words: int = option('data', 40, 'longer training captions are cut; words', low=1)
 
-# %% ../nbs/55_config.ipynb #0fded297
+# %% ../nbs/55_config.ipynb #08913fbd
 @dataclass
 class EncoderOptions:
     "What sees the picture"
@@ -70,7 +71,7 @@ class EncoderOptions:
                               'them in memory')
     cache_dir: str = option('encoder', '', 'folder for features, decoded photos and drawn scenes; empty is ~/.cache/caption_nb')
 
-# %% ../nbs/55_config.ipynb #fc22cfe9
+# %% ../nbs/55_config.ipynb #57404bbc
 @dataclass
 class DecoderOptions:
     "What writes the words"
@@ -104,7 +105,7 @@ class DecoderOptions:
     impl: str = option('decoder', 'fused', "fused kernels, or the cells of notebook 30 written from scratch: slower, same curve",
                        choices=('fused', 'scratch'))
 
-# %% ../nbs/55_config.ipynb #8653b14f
+# %% ../nbs/55_config.ipynb #b1de5195
 @dataclass
 class DecodingOptions:
     "How captions are searched"
@@ -121,10 +122,10 @@ class DecodingOptions:
 
 
 
-# %% ../nbs/55_config.ipynb #fc386e22
+# %% ../nbs/55_config.ipynb #bbac2cda
 SEARCH = tuple(f.name for f in dataclasses.fields(DecodingOptions) if not f.name.endswith('beam')) # fields that change what a search finds
 
-# %% ../nbs/55_config.ipynb #6bf3f9a3
+# %% ../nbs/55_config.ipynb #ff23abe8
 @dataclass
 class TrainingOptions:
     "What is learned, from what, for how long"
@@ -158,7 +159,7 @@ class TrainingOptions:
     log_every: int = option('training', 50, 'steps between lines of metrics.jsonl', low=1)
     seed: int = option('training', 0, 'seed of weights, order of batches, dropout', low=0)
 
-# %% ../nbs/55_config.ipynb #83d2180e
+# %% ../nbs/55_config.ipynb #679e9857
 @dataclass
 class OptimizerOptions:
     "How the weights are changed"
@@ -192,7 +193,7 @@ class ScstOptions:
     scst_bleu: float = option('scst', 0.0, 'weight of BLEU-4 in the reward, beside CIDEr-D', low=0)
     scst_end: bool = option('scst', True, '<end> counts as a word of the reward; without it captions lose their last words')
 
-# %% ../nbs/55_config.ipynb #d7f481d2
+# %% ../nbs/55_config.ipynb #d8d1cb7d
 @dataclass
 class MachineOptions:
     "Where it runs"
@@ -215,10 +216,10 @@ class RecordOptions:
     reference_images: int = option('record', 4, 'dev photos whose captions each evaluation notes', low=0)
     tensorboard: bool = option('record', False, 'write event files for TensorBoard too (pip install tensorboard)')
 
-# %% ../nbs/55_config.ipynb #19d2774f
+# %% ../nbs/55_config.ipynb #26c2d63b
 GROUPS = ('data', 'encoder', 'decoder', 'training', 'optimizer', 'scst', 'decoding', 'machine', 'record')
 
-# %% ../nbs/55_config.ipynb #d8305842
+# %% ../nbs/55_config.ipynb #6076f633
 @dataclass(frozen=True)
 class DecoderKind:
     "What a decoder's name in the configuration stands for"
@@ -242,7 +243,7 @@ def _decoders() -> dict[str, DecoderKind]:
 
 DECODERS = _decoders()
 
-# %% ../nbs/55_config.ipynb #053d21ba
+# %% ../nbs/55_config.ipynb #f25f3b75
 def decoder_options(config: 'Config') -> dict[str, str | int | float | bool]: # Argument of the constructor → value
     "What `config` says to the decoder's constructor, the usual values filled in"
     kind = DECODERS[config.decoder]
@@ -263,11 +264,11 @@ def make_decoder(config: 'Config', # Which decoder, and its options
         if config.encoder_layers: options['grid_shape'] = list(encoder.grid)
     return kind.make(len(vocab), encoder.dim, pad_id=vocab.pad_id, vector_dim=vector_dim, **options)
 
-# %% ../nbs/55_config.ipynb #a5c23465
+# %% ../nbs/55_config.ipynb #287ee78b
 class ConfigError(ValueError):
     "A field of `Config` has a name, a type or a value that cannot be"
 
-# %% ../nbs/55_config.ipynb #01866037
+# %% ../nbs/55_config.ipynb #baebd304
 @dataclass
 class Config(RecordOptions, MachineOptions, DecodingOptions, ScstOptions, OptimizerOptions, TrainingOptions, DecoderOptions, EncoderOptions,
              DataOptions):
@@ -313,7 +314,7 @@ class Config(RecordOptions, MachineOptions, DecodingOptions, ScstOptions, Optimi
         if faults: raise ConfigError('\n'.join(faults))
         return self
 
-# %% ../nbs/55_config.ipynb #5b313e4f
+# %% ../nbs/55_config.ipynb #a4dec5f1
 def typed(name: str, # Field, for the message
           value, # What was given
           kind: type, # What is wanted: str, int, float or bool
@@ -337,7 +338,7 @@ def field_faults(f: dataclasses.Field, value) -> list[str]:
     if limits['high'] is not None and value > limits['high']: return [f'{f.name}={value!r}: must be at most {limits["high"]}']
     return []
 
-# %% ../nbs/55_config.ipynb #7f5df7af
+# %% ../nbs/55_config.ipynb #e5f2f9ae
 def channel_values(text: str, # '' or '0.5' or '0.485,0.456,0.406'
                    ) -> tuple[float, float, float] | None: # None if empty
     "One number per colour channel from `text`"
@@ -346,7 +347,7 @@ def channel_values(text: str, # '' or '0.5' or '0.485,0.456,0.406'
     if len(values) not in (1, 3): raise ValueError(f'{text!r}: one number or three, separated by commas')
     return values if len(values) == 3 else values*3
 
-# %% ../nbs/55_config.ipynb #d614af83
+# %% ../nbs/55_config.ipynb #10980bce
 def foreign_options(decoder: str, # A name in `DECODERS`
                     ) -> list[str]:
     "Fields of the decoder group that `decoder` does not have"
@@ -361,7 +362,7 @@ def for_decoder(config: Config, # With the options of its own decoder
     default = Config()
     return dataclasses.replace(config, decoder=decoder, **{n: getattr(default, n) for n in foreign_options(decoder)})
 
-# %% ../nbs/55_config.ipynb #0ef21476
+# %% ../nbs/55_config.ipynb #8add4c2a
 def combination_faults(config: Config) -> list[str]:
     "What is wrong with values that are each possible, but not together"
     c, faults = config, []
@@ -380,7 +381,7 @@ def combination_faults(config: Config) -> list[str]:
         if getattr(c, name) == 0: faults.append(f'{name}=0.0: must be more than 0')
     return faults
 
-# %% ../nbs/55_config.ipynb #4bdf7d99
+# %% ../nbs/55_config.ipynb #f657757f
 def _encoder_faults(c: 'Config') -> list[str]:
     learns, faults = c.encoder_learns, []
     if c.encoder == 'scene_cnn':
@@ -425,7 +426,7 @@ def _decoding_faults(c: 'Config') -> list[str]:
     if c.min_len >= c.max_len: faults.append(f'min_len={c.min_len}: must be less than max_len={c.max_len}')
     return faults
 
-# %% ../nbs/55_config.ipynb #ad72e186
+# %% ../nbs/55_config.ipynb #48aef548
 @dataclass
 class FieldHelp:
     "One line of `config_help`"
@@ -438,7 +439,7 @@ def config_help() -> list[FieldHelp]:
                       f.metadata['help'] + (f'; one of {", ".join(map(repr, c))}' if (c := f.metadata['choices']) else ''))
             for f in dataclasses.fields(Config)]
 
-# %% ../nbs/55_config.ipynb #da0bff3d
+# %% ../nbs/55_config.ipynb #c89dc4af
 FREE_FIELDS = frozenset(('name', 'runs_dir', 'resume', 'from_run', 'device', 'threads', 'cache_dir', 'features', 'image_store', 'beam',
                          'log_every', 'save_minutes', 'keep_last', 'tensorboard', 'reference_images'))
 CHANGEABLE = FREE_FIELDS | {
@@ -447,7 +448,7 @@ CHANGEABLE = FREE_FIELDS | {
     'feature_dropout', 'crop', 'colour', 'sampling_ratio', 'sampling_start', 'sampling_schedule', 'patience', 'eval_every', 'dev_loss',
     'ranks', 'compile', 'deterministic'}
 
-# %% ../nbs/55_config.ipynb #960a95f0
+# %% ../nbs/55_config.ipynb #cbd54e86
 SCST_RECIPE = dict(stage='scst', epochs=1, lr=2e-5, schedule='constant', warmup_steps=0, label_smoothing=0., feature_dropout=0.,
                    sampling_ratio=0., sampling_start=0., concepts=0., ema=0.98, patience=0, eval_every=1)
 
@@ -460,7 +461,7 @@ def follow_up(config: Config, # Of the run whose weights are taken over
     name = f'{config.name or Path(run).name}-{stage}'[-60:]
     return dataclasses.replace(config, from_run=str(run), resume='', name=name, **(SCST_RECIPE if stage == 'scst' else dict(stage=stage)))
 
-# %% ../nbs/55_config.ipynb #5d1c64fa
+# %% ../nbs/55_config.ipynb #5d442761
 def presets() -> dict[str, str]: # Name → what it is
     "Every preset that is shipped"
     files = sorted((experiments_folder()/'presets').glob('*.yaml'))

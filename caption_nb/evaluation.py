@@ -20,9 +20,10 @@ from fastcore.basics import patch
 
 from .basics import atomic_write, few, nearest, plural, sha256_file
 from .certainty import Difference, Interval, bootstrap, markdown_table, paired
-from .data import SPLIT_NAMES, load_data, read_splits, read_text
+from .data import load_data
 from .diversity import Diversity, describe
 from .guard import Finding, ProtocolError, check_captions, enforce
+from .layouts import SPLIT_NAMES, read_splits, read_text
 from .metrics import METRICS, Scores, Signature, same_signature, score
 from .similarity import Measured, wer
 from .text import tokenize_all
