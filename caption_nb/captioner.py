@@ -26,7 +26,6 @@ from .basics import nearest, track
 from .batches import Batch, EvalBatches
 from .checkpoints import checkpoint_weights, find_checkpoint, read_part, weight_bytes
 from .config import SEARCH, Config, make_decoder
-from .data import open_image
 from .decoder import Decoder, dropout
 from .decoding import Hypothesis, evaluating, generate
 from .diversity import fragment_share
@@ -35,6 +34,7 @@ from .ensemble import Ensemble
 from .guard import Finding
 from .metrics import Scores
 from .pca import encoder_from_spec
+from .photos import open_image
 from .ranks import choose_device
 from .sampling import sample as draw
 from .scenes import Grounding

@@ -29,7 +29,8 @@ from fastcore.basics import patch
 from PIL import Image
 
 from .basics import nearest, track
-from .data import CaptionData, open_image
+from .data import CaptionData
+from .photos import open_image
 from .similarity import Measured, import_transformers, load_pretrained, pick_device, whole
 
 # %% auto #0

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from .basics import atomic_write, nearest, read_json_lines
-from .data import open_image
+from .photos import open_image
 
 if TYPE_CHECKING: from matplotlib.figure import Figure   # imported when a figure is made, so that `import caption_nb.views` stays fast
 

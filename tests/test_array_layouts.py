@@ -10,8 +10,8 @@ import pytest
 import torch
 from caption_nb.array_layouts import (ARRAY_LAYOUTS, ArraySource, array_layout, read_arrays, read_coco_pt, read_cs231n, read_sat,
                                       unpack_images, write_sat)
-from caption_nb.data import open_image
 from caption_nb.layouts import DataError
+from caption_nb.photos import open_image
 from caption_nb.scenes import make_scenes
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from caption_nb.data import CaptionData, DataError, ImageError, check, load_data, open_image, plot_lengths, plot_page, plot_words
+from caption_nb.data import CaptionData, DataError, check, load_data, plot_lengths, plot_page, plot_words
+from caption_nb.photos import ImageError, open_image
 
 FIVE = ['a red photo', 'a photo, all red', '"red" is what it is', 'one colour', 'nothing but red']
 
