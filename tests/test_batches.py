@@ -107,11 +107,49 @@ def test_flip_spares_sides_and_follows_the_coin():
 
 def test_flip_without_the_view_is_refused():
     plain = SimpleNamespace(views=('plain',), read=Views().read)
-    with pytest.raises(ValueError, match="only the views .'plain',.*extract features with views"):
+    with pytest.raises(ValueError, match="no view 'flip', only .'plain',.*extract features with views=.'plain', 'flip'"):
         CaptionBatches(toy([1]), VOCAB, 'train', plain, flip=True)
     batches = CaptionBatches(toy([1]), VOCAB, 'train', Views(), flip=True)
     batches.source = plain   # another source from the next epoch on is looked at, too
-    with pytest.raises(ValueError, match='only the views'): next(iter(batches))
+    with pytest.raises(ValueError, match="no view 'flip'"): next(iter(batches))
+
+
+class Many(Views):
+    views = ('plain', 'flip', 'crop', 'crop-flip')
+
+
+def test_views_are_drawn_alike_and_spare_sides():
+    data = toy([2]*400)
+    for id in data.splits['train'][:100]: data.captions[id][1] = 'a dog on the LEFT'
+    make = lambda source=Many(), **kw: CaptionBatches(data, VOCAB, 'train', source, **kw)
+    batches = make(views=Many.views)
+    epochs = [{id: v for b in batches for id, v in zip(b.ids, b.images[:, 0, 1].tolist())} for _ in range(2)]
+    assert epochs[0] != epochs[1]
+    views = np.array([[e[id] for id in data.splits['train']] for e in epochs])
+    assert set(views[:, :100].ravel()) == {0, 2} and np.bincount(views[:, 100:].ravel().astype(int)).min() > 100
+    assert set(plan_epoch(make(views=['crop', 'crop-flip']), 0).views) == {2, 3}
+    assert set(plan_epoch(make(views=('crop', 'plain'), shuffle=False), 0).views) == {0}
+    for source in (Views(), Many()):   # the short form draws the same
+        a, b = plan_epoch(make(source, flip=True), 3), plan_epoch(make(source, views=['plain', 'flip']), 3)
+        assert (a.views == b.views).all() and all((x == y).all() for x, y in zip(a.order, b.order))
+
+
+def test_views_that_cannot_be():
+    with pytest.raises(ValueError, match=r"no view 'crpo', only \('plain', 'flip', 'crop', 'crop-flip'\) .did you mean 'crop'"):
+        CaptionBatches(toy([1]), VOCAB, 'train', Many(), views=['plain', 'crpo'])
+    with pytest.raises(ValueError, match='all mirrored'): CaptionBatches(toy([1]), VOCAB, 'train', Many(), views=['flip', 'crop-flip'])
+    with pytest.raises(ValueError, match='give one of the two'): CaptionBatches(toy([1]), VOCAB, 'train', Many(), views=['plain'], flip=True)
+
+
+def test_state_knows_the_views():
+    make = lambda **kw: CaptionBatches(toy([5]*9), VOCAB, 'train', Many(), **kw)
+    state = make(views=('plain', 'crop')).state_dict()
+    make(views=('plain', 'crop')).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"views: \['plain', 'crop'\] there, \['plain', 'flip'\] here"): make(flip=True).load_state_dict(state)
+    for flip in (0, 1):   # a state from before views had names
+        old = {n: v for n, v in make().state_dict().items() if n != 'views'} | dict(flip=flip, position=1)
+        make(flip=bool(flip)).load_state_dict(old)
+        with pytest.raises(ValueError, match='views'): make(flip=not flip).load_state_dict(old)
 
 
 def test_pixels_in_memory_are_mirrored():
