@@ -547,6 +547,84 @@ def test_names_may_hold_folders(tmp_path):
     assert np.array_equal(np.asarray(open_image(folder/'a/b/c.jpg')).transpose(2, 0, 1), image)
 
 
+# ---- read by id -------------------------------------------------------------------------------------------------
+
+def three(cs231n, sat, pt, tmp_path) -> dict:
+    "An `ArraySource` of each kind of file, and all that is in it"
+    torch.save(pt, tmp_path/'coco.pt')
+    torch.save(pt, tmp_path/'old.pt', _use_new_zipfile_serialization=False)
+    sources = dict(pt=read_coco_pt(tmp_path/'coco.pt').images, old=read_coco_pt(tmp_path/'old.pt').images, sat=read_sat(sat).images,
+                   vgg=read_cs231n(cs231n[0]).features['vgg16_fc7'])
+    return {name: (source, dict(source)) for name, source in sources.items()}
+
+
+def same(source, want, ids): return np.array_equal(source.read(ids), np.stack([want[i] for i in ids]))
+
+
+def test_images_are_read_by_id_in_any_order(cs231n, sat, pt, tmp_path):
+    for source, want in three(cs231n, sat, pt, tmp_path).values():
+        ids = source.ids
+        for some in (ids, ids[::-1], ids[3:9] + ids[5:6]*2 + ids[-2:], []): assert source.read(some).shape == (len(some), *source.shape)
+        assert same(source, want, ids) and same(source, want, ids[::-1]) and same(source, want, [ids[5], *ids[2:7], ids[-1], ids[0]])
+        assert source.read(ids).dtype == source.dtype
+        with pytest.raises(KeyError, match='e.g. .nothing'): source.read([ids[0], 'nothing'])
+        source.close()
+        assert same(source, want, ids[1:3])
+
+
+def _in_another(source, ids, queue): queue.put(source.read(ids))
+
+
+@pytest.mark.parametrize('how', ['fork', 'spawn'])
+def test_images_are_read_in_other_processes(cs231n, sat, pt, tmp_path, how):
+    import multiprocessing
+    context = multiprocessing.get_context(how)
+    for source, want in list(three(cs231n, sat, pt, tmp_path).values())[::1 if how == 'fork' else 2]:
+        ids = source.ids[::-3]
+        assert same(source, want, ids)   # the files are open before the other process starts
+        queue = context.Queue()
+        others = [context.Process(target=_in_another, args=(source, ids, queue)) for _ in range(2)]
+        for p in others: p.start()
+        found = [queue.get(timeout=60) for _ in others]
+        for p in others: p.join()
+        assert all(np.array_equal(f, source.read(ids)) for f in found) and same(source, want, ids)
+
+
+def test_images_are_read_by_several_threads(cs231n, sat, pt, tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+    for source, want in three(cs231n, sat, pt, tmp_path).values():
+        source.close()
+        orders = [np.random.default_rng(k).permutation(source.ids).tolist() for k in range(16)]
+        with ThreadPoolExecutor(8) as pool: assert all(pool.map(lambda ids: same(source, want, ids), orders))
+
+
+def test_pickled_sources_hold_no_pixels(cs231n, sat, pt, tmp_path):
+    for source, want in three(cs231n, sat, pt, tmp_path).values():
+        source.read(source.ids)
+        packed = pickle.dumps(source)
+        assert len(packed) < 3000 and same(pickle.loads(packed), want, source.ids[2:5])
+
+
+def test_a_file_that_was_replaced_meanwhile_is_refused(cs231n, sat, pt, tmp_path):
+    for name, (source, _) in three(cs231n, sat, pt, tmp_path).items():
+        path = source.parts[0][1].path
+        other = tmp_path/'other'
+        other.write_bytes(path.read_bytes())
+        source.read(source.ids[:1])
+        os.replace(other, path)
+        for read in (lambda: source.read(source.ids[:1]), lambda: list(source), lambda: pickle.loads(pickle.dumps(source)).read(source.ids[:1])):
+            with pytest.raises(DataError, match=f'{path.name} has been changed or replaced'): read()
+        path.unlink()
+        with pytest.raises((DataError, FileNotFoundError), match='no such file'): source.read(source.ids[:1])
+
+
+def test_fingerprints_tell_arrays_apart(cs231n, sat, pt, tmp_path):
+    prints = {name: source.fingerprint for name, (source, _) in three(cs231n, sat, pt, tmp_path).items()}
+    assert prints.pop('old') == prints['pt'] and len(set(prints.values())) == 3   # not of the file's form
+    torch.save({**pt, 'val_images': 255 - pt['val_images']}, tmp_path/'coco.pt')
+    assert read_coco_pt(tmp_path/'coco.pt').images.fingerprint != prints['pt']
+
+
 # ---- which layout -----------------------------------------------------------------------------------------------
 
 def test_the_layout_is_seen(cs231n, sat, pt, tmp_path):
