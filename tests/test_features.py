@@ -24,14 +24,15 @@ from caption_nb import features
 from caption_nb.basics import sha256_file
 from caption_nb.data import CaptionData
 from caption_nb.encoders import make_encoder
-from caption_nb.features import FeatureStore, StoreBusy, StoreError, default_store_path, extract, load_images
+from caption_nb.features import (CROP_SIDES, FeatureStore, StoreBusy, StoreError, crop_box, cut, default_store_path, extract, load_images,
+                                 view_names)
 
 
-def photos(folder: Path, n: int, size: int = 32) -> CaptionData:
+def photos(folder: Path, n: int, size: tuple[int, int] = (32, 32)) -> CaptionData: # (height, width)
     "`n` small photos of noise"
     folder.mkdir(parents=True, exist_ok=True)
     rng, captions = np.random.default_rng(0), {f'im{i:03d}.png': [f'caption {i}'] for i in range(n)}
-    for id in captions: Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(folder/id)
+    for id in captions: Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder/id)
     return CaptionData('noise', folder, captions, {'train': list(captions)}, layout='kaggle')
 
 
@@ -448,3 +449,103 @@ def test_real_photos(flickr8k, mobilenet, tmp_path):
     grid = store.read(ids)
     assert grid.shape == (4, 49, 1280) and grid.min() == 0 and grid.max() <= 6
     assert store.attrs['encoder']['mean'] == [.5]*3 and store.attrs['encoder']['pad_type'] == 'same'
+
+
+# ---- views
+
+SIX = view_names(2, flip=True)
+
+
+@pytest.fixture(scope='module')
+def tall(tmp_path_factory): return photos(tmp_path_factory.mktemp('tall')/'photos', 20, (90, 61))
+
+
+@pytest.fixture(scope='module')
+def parts(tall, encoder, tmp_path_factory):
+    return extract(tall, encoder, tmp_path_factory.mktemp('parts')/'a.h5', views=SIX, batch_size=4, quiet=True)
+
+
+def pil_crop(photo: Image.Image, box) -> Image.Image:
+    "The pixels of `photo` whose edges are nearest to `box`, by arithmetic of its own"
+    pixels = np.asarray(photo)
+    x0, x1 = (round(v*photo.width) for v in (box[0], box[2]))
+    y0, y1 = (round(v*photo.height) for v in (box[1], box[3]))
+    return Image.fromarray(pixels[y0:y1, x0:x1])
+
+
+def middle(photo: Image.Image) -> tuple[float, ...]:
+    "The largest square in the middle of `photo`"
+    (w, h), side = photo.size, min(photo.size)
+    return (w - side)/2, (h - side)/2, (w + side)/2, (h + side)/2
+
+
+def test_names_of_views():
+    assert SIX == ('plain', 'flip', 'crop-1', 'crop-1-flip', 'crop-2', 'crop-2-flip') and view_names(2) == ('plain', 'crop-1', 'crop-2')
+
+
+@pytest.mark.parametrize('resize', ['crop', 'squash'])
+def test_crops_are_cut_and_resized_as_pillow_does(tall, resize, tmp_path):
+    torch.manual_seed(0)
+    encoder = make_encoder('scene_cnn', 'random', image_size=32, resize=resize).freeze()
+    store = extract(tall, encoder, tmp_path/'s.h5', views=SIX, batch_size=4, quiet=True)
+    boxes = store.crop_boxes()
+    for n, (crop, mirrored) in enumerate([('crop-1', False), ('crop-1-flip', True), ('crop-2', False), ('crop-2-flip', True)]):
+        rows = []
+        for i in range(0, 20, 4):
+            cuts = [pil_crop(tall.open(id), boxes[j, n//2]) for j, id in enumerate(tall.images[i:i + 4], i)]
+            pixels = np.stack([np.asarray(c.resize((32, 32), Image.Resampling.BICUBIC, box=middle(c) if resize == 'crop' else None)) for c in cuts])
+            images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+            rows.append(encoder.encode_batch(images.flip(3) if mirrored else images).numpy().astype('<f2'))
+        assert np.array_equal(store.read(tall.images, crop), np.concatenate(rows)), crop
+
+
+def test_boxes_are_recorded_and_do_not_depend_on_the_company(tall, encoder, parts, tmp_path):
+    boxes = parts.crop_boxes()
+    assert boxes.shape == (20, 2, 4) and boxes[3, 1].tolist() == list(crop_box(tall.images[3], 2))
+    sides = boxes[..., 2:] - boxes[..., :2]
+    assert np.allclose(sides[..., 0], sides[..., 1]) and (boxes >= 0).all() and (boxes <= 1).all()
+    assert sides.min() > CROP_SIDES[0] and sides.max() < CROP_SIDES[1] and sides.std() > 0.04 and parts.attrs['crop_sides'] == list(CROP_SIDES)
+    few = extract(tall, encoder, tmp_path/'s.h5', tall.images[:1:-1], views=('plain', 'crop-2'), batch_size=1, quiet=True)
+    assert np.array_equal(few.crop_boxes()[:, 0], boxes[:1:-1, 1])
+    assert np.allclose(few.read(tall.images[4:6], 'crop-2').astype('f4'), parts.read(tall.images[4:6], 'crop-2').astype('f4'), atol=1e-2)
+
+
+def test_boxes_of_many_photos_lie_everywhere():
+    boxes = np.array([crop_box(f'{i}.jpg', 1) for i in range(2000)])
+    side, free = boxes[:, 2] - boxes[:, 0], 1 - (boxes[:, 2:3] - boxes[:, :1])
+    for values in ((side - CROP_SIDES[0])/(CROP_SIDES[1] - CROP_SIDES[0]), *(boxes[:, :2]/free).T):
+        assert abs(values.mean() - 0.5) < 0.03 and abs(values.std() - 12**-0.5) < 0.02 and 0 <= values.min() and values.max() <= 1
+
+
+def test_tiny_photos_have_parts():
+    for size in ((1, 1), (1, 50), (2, 3)):
+        for n in range(1, 30): assert min(cut(Image.new('RGB', size), crop_box('a', n)).size) >= 1
+
+
+def test_interrupted_with_crops_is_the_same_then(tall, encoder, parts, tmp_path):
+    interrupt(tall, encoder, tmp_path/'s.h5', at=9, views=SIX)
+    with pytest.raises(StoreError, match='begun otherwise: views is'): again(tall, encoder, tmp_path/'s.h5', views=view_names(1, True))
+    assert sha256_file(again(tall, encoder, tmp_path/'s.h5', views=SIX, batch_size=16).path) == sha256_file(parts.path)
+
+
+def test_a_photo_is_opened_once_for_all_views(tall, encoder, tmp_path, monkeypatch):
+    opened, open_ = [], CaptionData.open
+    monkeypatch.setattr(CaptionData, 'open', lambda self, id: (opened.append(id), open_(self, id))[1])
+    extract(tall, encoder, tmp_path/'s.h5', views=SIX, quiet=True)
+    assert sorted(opened) == tall.images
+
+
+def test_store_with_more_views_serves_those_who_want_fewer(tall, encoder, parts):
+    assert extract(tall, encoder, parts.path, quiet=True).views == SIX
+    with pytest.raises(StoreError, match='view crop-3 is not in it'): extract(tall, encoder, parts.path, views=('plain', 'crop-3'), quiet=True)
+    for bad in ('crop-0', 'crop-01', 'crop', 'flip-crop-1', 'plain-flip'):
+        with pytest.raises(ValueError, match=f'unknown view {bad!r}'): extract(tall, encoder, parts.path, views=(bad,), quiet=True)
+
+
+def test_what_it_will_take_is_said_before(data, encoder, tmp_path, capsys):
+    extract(data, encoder, tmp_path/'s.h5', views=SIX, batch_size=1)
+    out = capsys.readouterr().out
+    assert out.startswith(f'{tmp_path/"s.h5"}: features of 30 photos in 6 views (plain, flip, crop-1, …), 4 × 128 numbers each: 0.18 MB, about ')
+    extract(data, encoder, tmp_path/'s.h5', views=SIX)
+    extract(data, encoder, tmp_path/'few.h5', batch_size=4)
+    assert capsys.readouterr().out == f'{tmp_path/"few.h5"}: features of 30 photos in 1 view (plain), 4 × 128 numbers each: 0.03 MB\n'
