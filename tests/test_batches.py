@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from caption_nb.batches import CaptionBatches, EvalBatches, ImageSource, epoch_order, mentions_side, plan_epoch, prefetch
+from caption_nb.batches import CaptionBatches, EvalBatches, ImageSource, epoch_order, mentions_side, pack_captions, pad_captions, plan_epoch, prefetch
 
 VOCAB = SimpleNamespace(pad_id=0, encode=lambda c, max_words=None: [1, *(3 + len(w) for w in c.split()[:max_words]), 2])
 
@@ -112,6 +112,51 @@ def test_flip_without_the_view_is_refused():
     batches = CaptionBatches(toy([1]), VOCAB, 'train', Views(), flip=True)
     batches.source = plain   # another source from the next epoch on is looked at, too
     with pytest.raises(ValueError, match="no view 'flip'"): next(iter(batches))
+
+
+# ---- the same batches as plain lists give, which is what older runs go on from
+
+def plain_batches(data, epoch, size, per_image, seed, shuffle, flip, length_aware):
+    "ids, views, rows of words of every batch, written down as simply as possible"
+    ids, rng = data.splits['train'], np.random.default_rng([seed, epoch])
+    captions = [[VOCAB.encode(c, 40) for c in data.captions[id]] for id in ids]
+    chosen = [np.arange(min(len(own), per_image)) if len(own) <= per_image or not shuffle
+              else np.sort(rng.choice(len(own), per_image, replace=False)) for own in captions]
+    views = np.zeros(len(ids), int)
+    if flip and shuffle:
+        free = [not any(mentions_side(data.captions[id][i]) for i in c) for id, c in zip(ids, chosen)]
+        views[np.array(free) & (rng.random(len(ids)) < 0.5)] = 1
+    longest = np.array([max(len(own[i]) for i in c) for own, c in zip(captions, chosen)])
+    if not shuffle: order = np.split(np.arange(len(ids)), range(size, len(ids), size))
+    else: order = epoch_order(longest if length_aware else np.zeros_like(longest), size, rng)
+    for rows in order:
+        shown = [[captions[i][c] for c in chosen[i]] for i in rows]
+        k, T = max(map(len, shown)), max(len(c) for own in shown for c in own)
+        padded = [[*c, *[0]*(T - len(c))] for own in shown for c in [*own, *[[]]*(k - len(own))]]
+        yield [ids[i] for i in rows], views[rows].tolist(), padded
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 7), min_size=1, max_size=60), st.integers(1, 9), st.integers(1, 6), st.integers(0, 3), st.booleans(),
+       st.booleans(), st.booleans())
+def test_packed_captions_give_the_batches_of_plain_lists(counts, size, per_image, epoch, shuffle, flip, length_aware):
+    data = toy(counts)
+    for i, id in enumerate(data.splits['train'][::3]): data.captions[id][-1] += ' left'
+    batches = CaptionBatches(data, VOCAB, 'train', Views(), size, per_image, seed=7, shuffle=shuffle, flip=flip, length_aware=length_aware)
+    batches.set_epoch(epoch)
+    want = list(plain_batches(data, epoch, size, per_image, 7, shuffle, flip, length_aware))
+    got = [(b.ids, b.images[:, 0, 1].int().tolist(), b.tokens.tolist()) for b in batches]
+    assert got == want and sum(len([r for r in rows if r[0]]) for _, _, rows in want) == batches.num_captions
+
+
+@given(st.lists(st.lists(st.lists(st.integers(1, 100_000) | st.integers(1, 9), min_size=1, max_size=5), min_size=1, max_size=4), min_size=1, max_size=9))
+def test_packing_keeps_every_number(captions):
+    packed = pack_captions(iter(captions))
+    assert list(packed) == captions == [packed[i - len(packed)] for i in range(len(packed))] and packed.counts.tolist() == [len(c) for c in captions]
+    large = max(i for own in captions for c in own for i in c) >= 2**16
+    assert packed.tokens.dtype == (np.int32 if large else np.uint16)
+    tokens, lengths = pad_captions(packed, np.arange(packed.first[-1])[:, None])
+    assert [t[:n].tolist() for t, n in zip(tokens, lengths)] == [c for own in captions for c in own] and tokens.dtype == lengths.dtype == torch.int64
 
 
 class Many(Views):

@@ -19,6 +19,7 @@ from PIL import Image
 import caption_nb.checkpoints as checkpoints
 import caption_nb.training as training
 from caption_nb.basics import read_json_lines
+from caption_nb.batches import pack_captions
 from caption_nb.captioner import Captioner, load_model
 from caption_nb.checkpoints import CHECKPOINT_FILES, CheckpointError, RunBusy, checkpoint_step, generations
 from caption_nb.config import Config, ConfigError
@@ -127,7 +128,7 @@ def test_overfits_a_few_scenes(cache, tmp_path):
     config = tiny(cache, num_images=20, epochs=80, dropout=0., doubly_stochastic=0., captions_per_image=1, deep_output=True, gate=False,
                   encoder_lr=3e-3, eval_every=80, embed_dim=64, hidden_dim=64)
     trainer = Trainer(config, tmp_path/'run', quiet=True).prepare()
-    for own in trainer.batches.captions: own[1:] = []   # one caption an image: there is one right answer
+    trainer.batches.captions = pack_captions(own[:1] for own in trainer.batches.captions)   # one an image: there is one right answer
     for id in trainer.batches.ids: trainer.data.captions[id][1:] = []
     rows = [r for r in trainer.fit() if 'loss' in r]
     assert rows[-1]['loss'] < 0.1 < 2.5 < rows[0]['loss']
