@@ -9,7 +9,7 @@ __all__ = ['SEARCH', 'GROUPS', 'DECODERS', 'FREE_FIELDS', 'CHANGEABLE', 'SCST_RE
            'field_faults', 'channel_values', 'foreign_options', 'for_decoder', 'combination_faults', 'FieldHelp',
            'config_help', 'follow_up', 'presets', 'load_preset']
 
-# %% ../nbs/55_config.ipynb #f2a44be2
+# %% ../nbs/55_config.ipynb #3ee70e6e
 import dataclasses
 import hashlib
 import json
@@ -28,7 +28,7 @@ from .recurrent import RecurrentDecoder
 from .text import Vocab
 from .transformer import TransformerDecoder
 
-# %% ../nbs/55_config.ipynb #456ac34d
+# %% ../nbs/55_config.ipynb #d7f604b5
 def option(group: str, # Heading under which the field is shown
            default: str | int | float | bool, # Its type is the field's type
            help: str, # Meaning, and unit where there is one
@@ -39,7 +39,7 @@ def option(group: str, # Heading under which the field is shown
     "A dataclass field with its `help` and the limits that `Config.validate` checks"
     return dataclasses.field(default=default, metadata=dict(group=group, help=help, choices=tuple(choices), low=low, high=high))
 
-# %% ../nbs/55_config.ipynb #4c3e026f
+# %% ../nbs/55_config.ipynb #bac17b20
 @dataclass
 class DataOptions:
     "What to learn from"
@@ -52,7 +52,7 @@ class DataOptions:
     tokenizer: str = option('data', 'ptb', 'what cuts captions into words', choices=('ptb', 'spacy', 'nltk', 'whitespace'))
     max_words: int = option('data', 40, 'longer training captions are cut; words', low=1)
 
-# %% ../nbs/55_config.ipynb #08913fbd
+# %% ../nbs/55_config.ipynb #0cc5e640
 @dataclass
 class EncoderOptions:
     "What sees the picture"
@@ -67,11 +67,14 @@ class EncoderOptions:
     image_size: int = option('encoder', 0, 'side of the square image; pixels, 0 takes it from the model', low=0)
     features: str = option('encoder', '', 'file of extracted features; empty finds or makes it in cache_dir')
     flip: bool = option('encoder', False, 'train on mirrored images too, except where a caption says left or right')
+    feature_crops: int = option('encoder', 0, 'train on so many random parts of each photo too, encoded beforehand; with flip, mirrored as well', low=0)
+    pca: int = option('encoder', 0, 'numbers a cell that a PCA, fitted on the train images, leaves of the features; 0 leaves all', low=0)
+    pca_whiten: bool = option('encoder', False, 'bring each number that the PCA leaves to variance 1')
     image_store: str = option('encoder', '', 'file of decoded photos for an encoder that learns: auto finds or makes it in cache_dir; empty keeps '
                               'them in memory')
     cache_dir: str = option('encoder', '', 'folder for features, decoded photos and drawn scenes; empty is ~/.cache/caption_nb')
 
-# %% ../nbs/55_config.ipynb #57404bbc
+# %% ../nbs/55_config.ipynb #5a6bdc25
 @dataclass
 class DecoderOptions:
     "What writes the words"
@@ -105,7 +108,7 @@ class DecoderOptions:
     impl: str = option('decoder', 'fused', "fused kernels, or the cells of notebook 30 written from scratch: slower, same curve",
                        choices=('fused', 'scratch'))
 
-# %% ../nbs/55_config.ipynb #b1de5195
+# %% ../nbs/55_config.ipynb #c7410859
 @dataclass
 class DecodingOptions:
     "How captions are searched"
@@ -122,10 +125,10 @@ class DecodingOptions:
 
 
 
-# %% ../nbs/55_config.ipynb #bbac2cda
+# %% ../nbs/55_config.ipynb #6ef426dc
 SEARCH = tuple(f.name for f in dataclasses.fields(DecodingOptions) if not f.name.endswith('beam')) # fields that change what a search finds
 
-# %% ../nbs/55_config.ipynb #ff23abe8
+# %% ../nbs/55_config.ipynb #3f8b68f2
 @dataclass
 class TrainingOptions:
     "What is learned, from what, for how long"
@@ -159,7 +162,7 @@ class TrainingOptions:
     log_every: int = option('training', 50, 'steps between lines of metrics.jsonl', low=1)
     seed: int = option('training', 0, 'seed of weights, order of batches, dropout', low=0)
 
-# %% ../nbs/55_config.ipynb #679e9857
+# %% ../nbs/55_config.ipynb #3d95b64c
 @dataclass
 class OptimizerOptions:
     "How the weights are changed"
@@ -193,7 +196,7 @@ class ScstOptions:
     scst_bleu: float = option('scst', 0.0, 'weight of BLEU-4 in the reward, beside CIDEr-D', low=0)
     scst_end: bool = option('scst', True, '<end> counts as a word of the reward; without it captions lose their last words')
 
-# %% ../nbs/55_config.ipynb #d8d1cb7d
+# %% ../nbs/55_config.ipynb #d1b77dfa
 @dataclass
 class MachineOptions:
     "Where it runs"
@@ -216,10 +219,10 @@ class RecordOptions:
     reference_images: int = option('record', 4, 'dev photos whose captions each evaluation notes', low=0)
     tensorboard: bool = option('record', False, 'write event files for TensorBoard too (pip install tensorboard)')
 
-# %% ../nbs/55_config.ipynb #26c2d63b
+# %% ../nbs/55_config.ipynb #f843f2f7
 GROUPS = ('data', 'encoder', 'decoder', 'training', 'optimizer', 'scst', 'decoding', 'machine', 'record')
 
-# %% ../nbs/55_config.ipynb #6076f633
+# %% ../nbs/55_config.ipynb #6f94ba2e
 @dataclass(frozen=True)
 class DecoderKind:
     "What a decoder's name in the configuration stands for"
@@ -243,7 +246,7 @@ def _decoders() -> dict[str, DecoderKind]:
 
 DECODERS = _decoders()
 
-# %% ../nbs/55_config.ipynb #f25f3b75
+# %% ../nbs/55_config.ipynb #fe01180c
 def decoder_options(config: 'Config') -> dict[str, str | int | float | bool]: # Argument of the constructor → value
     "What `config` says to the decoder's constructor, the usual values filled in"
     kind = DECODERS[config.decoder]
@@ -264,11 +267,11 @@ def make_decoder(config: 'Config', # Which decoder, and its options
         if config.encoder_layers: options['grid_shape'] = list(encoder.grid)
     return kind.make(len(vocab), encoder.dim, pad_id=vocab.pad_id, vector_dim=vector_dim, **options)
 
-# %% ../nbs/55_config.ipynb #287ee78b
+# %% ../nbs/55_config.ipynb #e2d0786b
 class ConfigError(ValueError):
     "A field of `Config` has a name, a type or a value that cannot be"
 
-# %% ../nbs/55_config.ipynb #baebd304
+# %% ../nbs/55_config.ipynb #4b2467ec
 @dataclass
 class Config(RecordOptions, MachineOptions, DecodingOptions, ScstOptions, OptimizerOptions, TrainingOptions, DecoderOptions, EncoderOptions,
              DataOptions):
@@ -314,7 +317,7 @@ class Config(RecordOptions, MachineOptions, DecodingOptions, ScstOptions, Optimi
         if faults: raise ConfigError('\n'.join(faults))
         return self
 
-# %% ../nbs/55_config.ipynb #a4dec5f1
+# %% ../nbs/55_config.ipynb #87bcf414
 def typed(name: str, # Field, for the message
           value, # What was given
           kind: type, # What is wanted: str, int, float or bool
@@ -338,7 +341,7 @@ def field_faults(f: dataclasses.Field, value) -> list[str]:
     if limits['high'] is not None and value > limits['high']: return [f'{f.name}={value!r}: must be at most {limits["high"]}']
     return []
 
-# %% ../nbs/55_config.ipynb #e5f2f9ae
+# %% ../nbs/55_config.ipynb #bc4d433d
 def channel_values(text: str, # '' or '0.5' or '0.485,0.456,0.406'
                    ) -> tuple[float, float, float] | None: # None if empty
     "One number per colour channel from `text`"
@@ -347,7 +350,7 @@ def channel_values(text: str, # '' or '0.5' or '0.485,0.456,0.406'
     if len(values) not in (1, 3): raise ValueError(f'{text!r}: one number or three, separated by commas')
     return values if len(values) == 3 else values*3
 
-# %% ../nbs/55_config.ipynb #10980bce
+# %% ../nbs/55_config.ipynb #00c0d260
 def foreign_options(decoder: str, # A name in `DECODERS`
                     ) -> list[str]:
     "Fields of the decoder group that `decoder` does not have"
@@ -362,7 +365,7 @@ def for_decoder(config: Config, # With the options of its own decoder
     default = Config()
     return dataclasses.replace(config, decoder=decoder, **{n: getattr(default, n) for n in foreign_options(decoder)})
 
-# %% ../nbs/55_config.ipynb #8add4c2a
+# %% ../nbs/55_config.ipynb #81298428
 def combination_faults(config: Config) -> list[str]:
     "What is wrong with values that are each possible, but not together"
     c, faults = config, []
@@ -381,7 +384,7 @@ def combination_faults(config: Config) -> list[str]:
         if getattr(c, name) == 0: faults.append(f'{name}=0.0: must be more than 0')
     return faults
 
-# %% ../nbs/55_config.ipynb #f657757f
+# %% ../nbs/55_config.ipynb #37688566
 def _encoder_faults(c: 'Config') -> list[str]:
     learns, faults = c.encoder_learns, []
     if c.encoder == 'scene_cnn':
@@ -392,6 +395,7 @@ def _encoder_faults(c: 'Config') -> list[str]:
     if not learns:
         wrong = [n for n in ('crop', 'colour', 'image_store', 'encoder_start', 'decoder_start') if getattr(c, n)]
         faults += [f'{n}={getattr(c, n)!r}: the encoder {c.encoder} is frozen; leave it out, or let it learn with finetune_from' for n in wrong]
+    faults += _feature_faults(c)
     if c.compile and not c.finetune_from >= 0 and c.decoder != 'transformer':
         faults.append(f'compile=True: helps an encoder that learns and a transformer, not the loops of {c.decoder}; leave it out')
     first = min(c.encoder_start, c.decoder_start)
@@ -426,7 +430,18 @@ def _decoding_faults(c: 'Config') -> list[str]:
     if c.min_len >= c.max_len: faults.append(f'min_len={c.min_len}: must be less than max_len={c.max_len}')
     return faults
 
-# %% ../nbs/55_config.ipynb #48aef548
+# %% ../nbs/55_config.ipynb #6275df5f
+def _feature_faults(c: 'Config') -> list[str]:
+    "Views and PCA belong to features, which are stored as long as the encoder does not learn"
+    faults, later = [], ', or let it learn later with encoder_start' if c.finetune_from >= 0 else ''
+    if c.encoder_learns and c.feature_crops:
+        faults.append(f'feature_crops={c.feature_crops}: the encoder {c.encoder} learns from pixels, whose parts crop takes; leave it out')
+    if c.encoder_learns and c.pca and not c.encoder_start:
+        faults.append(f'pca={c.pca}: the encoder {c.encoder} learns from the start, there are no features to fit a PCA on; leave it out{later}')
+    if c.pca_whiten and not c.pca: faults.append('pca_whiten=True: there is no PCA; say with pca how many numbers it leaves')
+    return faults
+
+# %% ../nbs/55_config.ipynb #cc11fc76
 @dataclass
 class FieldHelp:
     "One line of `config_help`"
@@ -439,7 +454,7 @@ def config_help() -> list[FieldHelp]:
                       f.metadata['help'] + (f'; one of {", ".join(map(repr, c))}' if (c := f.metadata['choices']) else ''))
             for f in dataclasses.fields(Config)]
 
-# %% ../nbs/55_config.ipynb #c89dc4af
+# %% ../nbs/55_config.ipynb #ec1646c5
 FREE_FIELDS = frozenset(('name', 'runs_dir', 'resume', 'from_run', 'device', 'threads', 'cache_dir', 'features', 'image_store', 'beam',
                          'log_every', 'save_minutes', 'keep_last', 'tensorboard', 'reference_images'))
 CHANGEABLE = FREE_FIELDS | {
@@ -448,7 +463,7 @@ CHANGEABLE = FREE_FIELDS | {
     'feature_dropout', 'crop', 'colour', 'sampling_ratio', 'sampling_start', 'sampling_schedule', 'patience', 'eval_every', 'dev_loss',
     'ranks', 'compile', 'deterministic'}
 
-# %% ../nbs/55_config.ipynb #cbd54e86
+# %% ../nbs/55_config.ipynb #7ad30475
 SCST_RECIPE = dict(stage='scst', epochs=1, lr=2e-5, schedule='constant', warmup_steps=0, label_smoothing=0., feature_dropout=0.,
                    sampling_ratio=0., sampling_start=0., concepts=0., ema=0.98, patience=0, eval_every=1)
 
@@ -461,7 +476,7 @@ def follow_up(config: Config, # Of the run whose weights are taken over
     name = f'{config.name or Path(run).name}-{stage}'[-60:]
     return dataclasses.replace(config, from_run=str(run), resume='', name=name, **(SCST_RECIPE if stage == 'scst' else dict(stage=stage)))
 
-# %% ../nbs/55_config.ipynb #5d442761
+# %% ../nbs/55_config.ipynb #13c04f1b
 def presets() -> dict[str, str]: # Name → what it is
     "Every preset that is shipped"
     files = sorted((experiments_folder()/'presets').glob('*.yaml'))
