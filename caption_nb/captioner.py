@@ -7,7 +7,7 @@ __all__ = ['concept_loss', 'CaptionModel', 'description', 'model_files', 'load_e
            'search_signature', 'caption_images', 'attention_maps', 'TeacherForced', 'teacher_forced_sums',
            'teacher_forced', 'Explanation', 'Captioner', 'Evaluation']
 
-# %% ../nbs/59_captioner.ipynb #5d38a71f
+# %% ../nbs/59_captioner.ipynb #00828ea4
 import json
 import math
 import tempfile
@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from fastcore.basics import patch
 from PIL import Image
@@ -41,7 +43,7 @@ from .scenes import Grounding
 from .scheduled_sampling import mixed_inputs
 from .text import Vocab, tokenize_all
 
-# %% ../nbs/59_captioner.ipynb #74f4d6b1
+# %% ../nbs/59_captioner.ipynb #c79006c4
 def concept_loss(scores: Tensor, # (B, L, V) of each word in each cell
                  tokens: Tensor, # (B*k, T) word ids of the captions
                  specials: int = 4, # The first words of the vocabulary, which are no words
@@ -52,7 +54,7 @@ def concept_loss(scores: Tensor, # (B, L, V) of each word in each cell
     found = scores.float().logsumexp(1) - math.log(L)
     return F.binary_cross_entropy_with_logits(found[:, specials:], there[:, specials:])
 
-# %% ../nbs/59_captioner.ipynb #ca4a40d1
+# %% ../nbs/59_captioner.ipynb #6a55c6fb
 class CaptionModel(nn.Module):
     "An encoder and a decoder: from pixels or stored features to the loss of captions"
     def __init__(self, encoder: Encoder, decoder: Decoder,
@@ -92,7 +94,7 @@ class CaptionModel(nn.Module):
         parts = self.parts(batch, *args, **kwargs)
         return sum(parts.values()), parts['words']
 
-# %% ../nbs/59_captioner.ipynb #3c678fc1
+# %% ../nbs/59_captioner.ipynb #20fb9b88
 def description(model: CaptionModel, vocab: Vocab, config: Config) -> dict[str, bytes]: # File name → content
     "The small files of a checkpoint: all but the weights"
     with tempfile.TemporaryDirectory() as scratch: words = vocab.save(Path(scratch)/'vocab.json').read_bytes()
@@ -104,7 +106,7 @@ def model_files(model: CaptionModel, vocab: Vocab, config: Config) -> dict[str, 
     "The files that make `model` usable elsewhere"
     return {'model.safetensors': weight_bytes(model.state_dict())} | description(model, vocab, config)
 
-# %% ../nbs/59_captioner.ipynb #4117141f
+# %% ../nbs/59_captioner.ipynb #76452846
 def load_encoder(folder: str | Path, # A checkpoint or run folder
                  ) -> Encoder: # Not frozen
     "The encoder of the checkpoint in `folder`"
@@ -128,7 +130,7 @@ def load_model(folder: str | Path, # A checkpoint or run folder
     load_weights(decoder, part('decoder.'), str(folder/'model.safetensors'))
     return CaptionModel(encoder.freeze(), decoder.eval()), vocab, config
 
-# %% ../nbs/59_captioner.ipynb #cd7b0584
+# %% ../nbs/59_captioner.ipynb #9a916a7d
 def search_options(config: Config, vocab: Vocab) -> dict: # Arguments of `generate`
     "How `config` wants captions to be searched"
     c = config
@@ -168,7 +170,7 @@ def caption_images(model: CaptionModel, # On any device
         if check: check()
     return found
 
-# %% ../nbs/59_captioner.ipynb #3cf6fa40
+# %% ../nbs/59_captioner.ipynb #f8304f96
 def attention_maps(hypothesis: Hypothesis, # With attention
                    grid: tuple[int, int], # (gh, gw)
                    ) -> Tensor | None: # (T, gh, gw), or None if the decoder does not attend
@@ -178,7 +180,7 @@ def attention_maps(hypothesis: Hypothesis, # With attention
     if a.ndim == 3: a = a.mean(1)                                  # (T, L)
     return a[:len(hypothesis.tokens)].unflatten(-1, tuple(grid))
 
-# %% ../nbs/59_captioner.ipynb #2eb375e5
+# %% ../nbs/59_captioner.ipynb #04e93ff7
 @dataclass(frozen=True)
 class TeacherForced:
     "How well the words of people were foreseen, each after the true words before it"
@@ -202,7 +204,7 @@ class TeacherForced:
         return (f'loss {self.loss:.4f} nats per word, perplexity {self.perplexity:.2f}, top-1 {self.top1:.2%}, top-5 {self.top5:.2%} '
                 f'of {self.words:,} words ({self.unknown:.2%} <unk>)')
 
-# %% ../nbs/59_captioner.ipynb #d584c065
+# %% ../nbs/59_captioner.ipynb #a9a5427b
 def teacher_forced_sums(model: CaptionModel, # On any device; left in the mode it was in
                         batches: Iterable[Batch], # Images and captions, such as `CaptionBatches(…, shuffle=False)`
                         ) -> Tensor: # (5,) float64: nats, words likeliest, words among the five likeliest, `<unk>`, words
@@ -229,7 +231,7 @@ def teacher_forced(model: CaptionModel, batches: Iterable[Batch]) -> TeacherForc
     "Loss, perplexity, top-1 and top-5 accuracy of `model` on the captions of `batches`, under teacher forcing"
     return TeacherForced.of(teacher_forced_sums(model, batches))
 
-# %% ../nbs/59_captioner.ipynb #6b7b05c0
+# %% ../nbs/59_captioner.ipynb #a1f88437
 @dataclass
 class Explanation:
     "A caption, and where the decoder looked at each of its words"
@@ -241,7 +243,7 @@ class Explanation:
     @property
     def caption(self) -> str: return ' '.join(self.words)
 
-# %% ../nbs/59_captioner.ipynb #2f8b407a
+# %% ../nbs/59_captioner.ipynb #b67d4b19
 class Captioner:
     "A trained model that captions images, or several that vote: `Captioner.load(folder).caption('photo.jpg')`"
     def __init__(self, models: CaptionModel | Sequence[CaptionModel], # Each with its own encoder and any decoder
@@ -276,14 +278,41 @@ class Captioner:
         opened, encoder = [p if isinstance(p, Image.Image) else open_image(p) for p in photos], (model or self.model).encoder
         return torch.stack([encoder.transform(p.convert('RGB')) for p in opened])
 
-# %% ../nbs/59_captioner.ipynb #e6ed2e1a
+# %% ../nbs/59_captioner.ipynb #208d3182
+def _features(given: Any) -> Tensor | None:
+    "Features if these are some: an array, a tensor, or a .npy file; None for a photo"
+    if isinstance(given, (str, Path)) and Path(given).suffix == '.npy':
+        try: given = np.load(given, allow_pickle=False)
+        except (ValueError, EOFError) as e: raise ValueError(f'{given} holds no array of numbers ({e}); write it with numpy.save') from None
+    if isinstance(given, np.ndarray) and given.dtype.kind == 'f': given = torch.from_numpy(given.astype('float32'))
+    if isinstance(given, Tensor) and given.is_floating_point(): return given.float()[None] if given.ndim == 1 else given.float()
+    if isinstance(given, (np.ndarray, Tensor)):
+        raise ValueError(f'an array of {given.dtype} is neither features (floats) nor a photo; make one with Image.fromarray')
+
+
+@patch
+def grids(self: Captioner, photos: Sequence, # n photos, or their features (L, D): arrays, tensors or .npy files
+          model: CaptionModel | None = None, # Whose encoder; default: the first
+          ) -> Tensor: # (n, L, D)
+    "What the encoder makes of `photos`; features are taken as they are"
+    encoder, given = (model or self.model).encoder, [_features(p) for p in photos]
+    if all(f is None for f in given): return encoder.encode_batch(self.images(photos, model), 'fp32')
+    want = math.prod(encoder.grid), encoder.dim
+    for f in given:
+        if f is None: raise ValueError('photos and features together: caption each kind for itself')
+        if tuple(f.shape) != want:
+            raise ValueError(f'features of shape {tuple(f.shape)}, but those of {encoder.name} are {want}: are they of another encoder?')
+        if not f.isfinite().all(): raise ValueError('features that are not finite: were they read from a damaged file?')
+    return torch.stack(given).to(self.device)
+
+# %% ../nbs/59_captioner.ipynb #f4f1cbdd
 @patch
 def _apply(self: Captioner, how: Callable, photos: Sequence, options: dict) -> list[list[Hypothesis]]:
     "`how(decoder, grid)` for all `photos`, 32 at a time; `options` over those of the configuration"
     options, found = search_options(self.config, self.vocab) | options, []
     if 'forced' in options: options['forced'] = [self.ids(words) if isinstance(words, str) else words for words in options['forced']]
     for i in range(0, len(photos), 32):
-        grids = [m.encoder.encode_batch(self.images(photos[i:i + 32], m), 'fp32') for m in self.models]
+        grids = [self.grids(photos[i:i + 32], m) for m in self.models]
         found += how(self.decoder, grids[0] if len(grids) == 1 else grids, **options)
     return found
 
@@ -296,7 +325,7 @@ def ids(self: Captioner, words: str) -> list[int]:
         if word not in self.vocab.words: raise ValueError(f'the model does not know the word {word!r}: {nearest(word, self.vocab.words)}')
     return [self.vocab.words.index(word) for word in tokens]
 
-# %% ../nbs/59_captioner.ipynb #9c5f3aa4
+# %% ../nbs/59_captioner.ipynb #e488fac7
 @patch
 def search(self: Captioner, photos: Sequence[str | Path | Image.Image], # n photos
            beam: int | None = None, # Width; None takes the configuration's
@@ -316,16 +345,16 @@ def sample(self: Captioner, photos: Sequence[str | Path | Image.Image], # n phot
 
 
 @patch
-def caption(self: Captioner, photos: str | Path | Image.Image | Sequence, # A path, an image, or a list of them
+def caption(self: Captioner, photos: str | Path | Image.Image | Sequence, # A path, an image, or a list of them; or features, see `grids`
             beam: int | None = None, # Width; None takes the configuration's
             **options, # For `generate`: max_len, length_norm, no_repeat, forced
             ) -> str | list[str]: # One caption, or a list of them
     "Caption `photos`"
-    one = isinstance(photos, (str, Path, Image.Image))
+    one = isinstance(photos, (str, Path, Image.Image)) or getattr(photos, 'ndim', 3) <= 2
     found = [self.vocab.decode(h[0].tokens) for h in self.search([photos] if one else list(photos), beam, **options)]
     return found[0] if one else found
 
-# %% ../nbs/59_captioner.ipynb #3b01e999
+# %% ../nbs/59_captioner.ipynb #36cab94a
 @patch
 def explain(self: Captioner, photo: str | Path | Image.Image, # One photo
             beam: int | None = None, # Width; None takes the configuration's
@@ -339,7 +368,7 @@ def explain(self: Captioner, photo: str | Path | Image.Image, # One photo
     seen = Image.fromarray(self.images([photo], model)[0].permute(1, 2, 0).numpy())
     return Explanation(seen, [self.vocab.words[i] for i in h.tokens], attention_maps(h, model.encoder.grid), h.score)
 
-# %% ../nbs/59_captioner.ipynb #a52b288f
+# %% ../nbs/59_captioner.ipynb #9525c742
 @dataclass
 class Evaluation:
     "Captions of a split and what they score"

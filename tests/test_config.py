@@ -29,6 +29,11 @@ from caption_nb.training import demo_config
         (dict(compile=True), 'not the loops of attention_lstm'), (dict(stage='scst'), 'name a run trained with cross-entropy'), (dict(stage='scst', from_run='a', label_smoothing=0.1), 'belongs to cross-entropy'),
         (dict(stage='scst', from_run='a', scst_samples=1), 'leave_one_out needs at least 2'), (dict(optimizer='adma'), "did you mean 'adam'"),
         (dict(schedule='cosin'), "did you mean 'cosine'"),
+    (dict(pca=-1), 'pca=-1: must be at least 0'), (dict(pca_whiten=True), 'there is no PCA; say with pca how many'),
+        (dict(encoder='scene_cnn', pca=8), 'pca=8: the encoder scene_cnn learns from the start, there are no features to fit a PCA on; leave it out'),
+        (dict(finetune_from=3, pca=8), 'leave it out, or let it learn later with encoder_start'),
+        (dict(encoder='scene_cnn', feature_crops=2), 'feature_crops=2: the encoder scene_cnn learns from pixels, whose parts crop takes'),
+        (dict(finetune_from=3, encoder_start=2, feature_crops=2), 'learns from pixels'),
     (dict(epochs=0, beam=0), 'epochs=0: must be at least 1\nbeam=0: must be at least 1')])
 def test_config_faults_are_named(values, message):
     with pytest.raises(ConfigError) as e: Config.from_dict(values)
