@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from caption_nb import features
-from caption_nb.basics import sha256_file
+from caption_nb.basics import FileLock, sha256_file
 from caption_nb.data import CaptionData, DataError
 from caption_nb.encoders import Encoder, make_encoder
-from caption_nb.features import FeatureStore, StoreError, _create, extract
-from caption_nb.pca import (Moments, Pca, ProjectedEncoder, encoder_from_spec, fit_pca, ids_fingerprint, plot_explained, principal_axes,
-                            project_store, reduced_path, reduced_store, stored_pca)
+from caption_nb.features import FeatureStore, StoreBusy, StoreError, _create, extract, view_names
+from caption_nb.pca import (Moments, Pca, ProjectedEncoder, encoder_from_spec, fit_pca, ids_fingerprint, pca_spec, plot_explained,
+                            principal_axes, project_store, reduced_path, reduced_store, stored_pca)
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -344,3 +344,36 @@ def test_a_checkpoint_captions_new_photos(photos, encoder, tmp_path):
     assert (captioner.model.encoder.encode_batch(images) - stored).abs().max() < 2e-3*stored.abs().max()
     assert isinstance(captioner.caption(photos.path(photos.ids('dev')[0])), str)
     assert captioner.explain(photos.path(photos.ids('dev')[0])).attention.shape[1:] == (2, 2)
+
+
+def test_all_views_count_and_their_boxes_stay(photos, encoder, tmp_path):
+    store = extract(photos, encoder, tmp_path/'a.h5', views=view_names(2, flip=True), quiet=True)
+    out = reduced_store(store, photos.ids('train'), 5, quiet=True)
+    assert out.views == store.views and np.array_equal(out.crop_boxes(), store.crop_boxes()) and out.attrs['crop_sides'] == store.attrs['crop_sides']
+    pca = stored_pca(out)
+    rows = np.concatenate([store.read(photos.ids('train'), v).reshape(-1, store.dim) for v in store.views]).astype('f8')
+    assert pca.rows == len(rows) and np.allclose(pca.mean, rows.mean(0), atol=1e-6*np.abs(rows).max())
+    for view in store.views:
+        want = pca(torch.from_numpy(store.read(photos.ids('dev'), view))).half().numpy()
+        assert np.array_equal(out.read(photos.ids('dev'), view), want)
+    assert pca_spec(store) is None and pca_spec(out) == pca.spec == pca_spec(str(out.path))
+
+
+def test_pca_of_another_machine_does_not_replace_the_one_that_is_there(photos, encoder, tmp_path):
+    store = extract(photos, encoder, tmp_path/'a.h5', quiet=True)
+    here = reduced_store(store, photos.ids('train'), 5, quiet=True)
+    pca = stored_pca(here)
+    other = Pca(pca.mean*(1 + 2**-20), pca.components, pca.spectrum, pca.rows, pca.images)
+    there = reduced_store(store, [], 0, pca=other, quiet=True)
+    assert there.path != here.path == reduced_path(store.path, photos.ids('train'), 5) and pca_spec(there) == other.spec
+    assert reduced_store(store, [], 0, pca=other, quiet=True).path == there.path
+    assert reduced_store(store, [], 0, pca=pca, quiet=True).path == here.path
+
+
+def test_fitted_by_one_process_at_a_time(photos, encoder, tmp_path):
+    store = extract(photos, encoder, tmp_path/'a.h5', quiet=True)
+    path = reduced_path(store, photos.ids('train'), 5)
+    with FileLock(path.with_name(path.name + '.fit.lock'), RuntimeError), pytest.raises(StoreBusy, match='is being fitted by process'):
+        reduced_store(store, photos.ids('train'), 5, quiet=True)
+    assert reduced_store(store, photos.ids('train'), 5, quiet=True).path == path
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(['a.h5', path.name])
