@@ -9,7 +9,7 @@ __all__ = ['SEARCH', 'GROUPS', 'DECODERS', 'FREE_FIELDS', 'CHANGEABLE', 'SCST_RE
            'field_faults', 'channel_values', 'foreign_options', 'for_decoder', 'combination_faults', 'FieldHelp',
            'config_help', 'follow_up', 'presets', 'load_preset']
 
-# %% ../nbs/55_config.ipynb #3ee70e6e
+# %% ../nbs/55_config.ipynb #b98424a4
 import dataclasses
 import hashlib
 import json
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import yaml
 
+from .array_layouts import ARRAY_LAYOUTS
 from .attention import AttentionDecoder
 from .basics import experiments_folder, nearest
 from .decoder import Decoder
@@ -28,7 +29,7 @@ from .recurrent import RecurrentDecoder
 from .text import Vocab
 from .transformer import TransformerDecoder
 
-# %% ../nbs/55_config.ipynb #d7f604b5
+# %% ../nbs/55_config.ipynb #efdad9b4
 def option(group: str, # Heading under which the field is shown
            default: str | int | float | bool, # Its type is the field's type
            help: str, # Meaning, and unit where there is one
@@ -39,12 +40,13 @@ def option(group: str, # Heading under which the field is shown
     "A dataclass field with its `help` and the limits that `Config.validate` checks"
     return dataclasses.field(default=default, metadata=dict(group=group, help=help, choices=tuple(choices), low=low, high=high))
 
-# %% ../nbs/55_config.ipynb #bac17b20
+# %% ../nbs/55_config.ipynb #3bdcf3fe
 @dataclass
 class DataOptions:
     "What to learn from"
     data: str = option('data', 'scenes', 'folder with images and captions; the name scenes draws the embedded data set')
-    layout: str = option('data', 'auto', 'how the captions are stored', choices=('auto', *(n for n in LAYOUTS if n != 'images')))
+    layout: str = option('data', 'auto', 'how the captions are stored',
+                         choices=('auto', *(n for n in LAYOUTS if n != 'images'), *ARRAY_LAYOUTS))
     num_images: int = option('data', 0, 'use only so many images, spread over the splits; 0 uses all', low=0)
     split_seed: int = option('data', 0, 'seed of the subset, and of the split where the data has none; for scenes, of the drawing', low=0)
     min_freq: int = option('data', 5, 'a word enters the vocabulary if it occurs so often in the train captions', low=1)
@@ -52,11 +54,12 @@ class DataOptions:
     tokenizer: str = option('data', 'ptb', 'what cuts captions into words', choices=('ptb', 'spacy', 'nltk', 'whitespace'))
     max_words: int = option('data', 40, 'longer training captions are cut; words', low=1)
 
-# %% ../nbs/55_config.ipynb #0cc5e640
+# %% ../nbs/55_config.ipynb #e8f67e51
 @dataclass
 class EncoderOptions:
     "What sees the picture"
-    encoder: str = option('encoder', 'mobilenetv2_100', 'name of a timm model (frozen), or scene_cnn (small, trained jointly)')
+    encoder: str = option('encoder', 'mobilenetv2_100', 'name of a timm model (frozen), or scene_cnn (small, trained jointly); '
+                          'for features that came with the data set: given, or given:NAME if there are several')
     encoder_weights: str = option('encoder', 'pretrained', 'pretrained, random, or a path to a weights file; scene_cnn starts at random')
     encoder_stage: int = option('encoder', -1, 'whose feature map is the grid: a stage of the model, counted from 0; -1 is the last')
     encoder_pool: bool = option('encoder', False, 'one vector a photo, as the model itself would classify, and not a grid')
@@ -74,7 +77,7 @@ class EncoderOptions:
                               'them in memory')
     cache_dir: str = option('encoder', '', 'folder for features, decoded photos and drawn scenes; empty is ~/.cache/caption_nb')
 
-# %% ../nbs/55_config.ipynb #5a6bdc25
+# %% ../nbs/55_config.ipynb #26bda64a
 @dataclass
 class DecoderOptions:
     "What writes the words"
@@ -108,7 +111,7 @@ class DecoderOptions:
     impl: str = option('decoder', 'fused', "fused kernels, or the cells of notebook 30 written from scratch: slower, same curve",
                        choices=('fused', 'scratch'))
 
-# %% ../nbs/55_config.ipynb #c7410859
+# %% ../nbs/55_config.ipynb #7f8f35ce
 @dataclass
 class DecodingOptions:
     "How captions are searched"
@@ -125,10 +128,10 @@ class DecodingOptions:
 
 
 
-# %% ../nbs/55_config.ipynb #6ef426dc
+# %% ../nbs/55_config.ipynb #23f54d78
 SEARCH = tuple(f.name for f in dataclasses.fields(DecodingOptions) if not f.name.endswith('beam')) # fields that change what a search finds
 
-# %% ../nbs/55_config.ipynb #3f8b68f2
+# %% ../nbs/55_config.ipynb #16e1eea5
 @dataclass
 class TrainingOptions:
     "What is learned, from what, for how long"
@@ -162,7 +165,7 @@ class TrainingOptions:
     log_every: int = option('training', 50, 'steps between lines of metrics.jsonl', low=1)
     seed: int = option('training', 0, 'seed of weights, order of batches, dropout', low=0)
 
-# %% ../nbs/55_config.ipynb #3d95b64c
+# %% ../nbs/55_config.ipynb #54ad3f10
 @dataclass
 class OptimizerOptions:
     "How the weights are changed"
@@ -196,7 +199,7 @@ class ScstOptions:
     scst_bleu: float = option('scst', 0.0, 'weight of BLEU-4 in the reward, beside CIDEr-D', low=0)
     scst_end: bool = option('scst', True, '<end> counts as a word of the reward; without it captions lose their last words')
 
-# %% ../nbs/55_config.ipynb #d1b77dfa
+# %% ../nbs/55_config.ipynb #326567d3
 @dataclass
 class MachineOptions:
     "Where it runs"
@@ -219,10 +222,10 @@ class RecordOptions:
     reference_images: int = option('record', 4, 'dev photos whose captions each evaluation notes', low=0)
     tensorboard: bool = option('record', False, 'write event files for TensorBoard too (pip install tensorboard)')
 
-# %% ../nbs/55_config.ipynb #f843f2f7
+# %% ../nbs/55_config.ipynb #9550c82d
 GROUPS = ('data', 'encoder', 'decoder', 'training', 'optimizer', 'scst', 'decoding', 'machine', 'record')
 
-# %% ../nbs/55_config.ipynb #6f94ba2e
+# %% ../nbs/55_config.ipynb #f77cda6f
 @dataclass(frozen=True)
 class DecoderKind:
     "What a decoder's name in the configuration stands for"
@@ -246,7 +249,7 @@ def _decoders() -> dict[str, DecoderKind]:
 
 DECODERS = _decoders()
 
-# %% ../nbs/55_config.ipynb #fe01180c
+# %% ../nbs/55_config.ipynb #5df8ccd4
 def decoder_options(config: 'Config') -> dict[str, str | int | float | bool]: # Argument of the constructor → value
     "What `config` says to the decoder's constructor, the usual values filled in"
     kind = DECODERS[config.decoder]
@@ -267,11 +270,11 @@ def make_decoder(config: 'Config', # Which decoder, and its options
         if config.encoder_layers: options['grid_shape'] = list(encoder.grid)
     return kind.make(len(vocab), encoder.dim, pad_id=vocab.pad_id, vector_dim=vector_dim, **options)
 
-# %% ../nbs/55_config.ipynb #e2d0786b
+# %% ../nbs/55_config.ipynb #d536144a
 class ConfigError(ValueError):
     "A field of `Config` has a name, a type or a value that cannot be"
 
-# %% ../nbs/55_config.ipynb #4b2467ec
+# %% ../nbs/55_config.ipynb #578e745d
 @dataclass
 class Config(RecordOptions, MachineOptions, DecodingOptions, ScstOptions, OptimizerOptions, TrainingOptions, DecoderOptions, EncoderOptions,
              DataOptions):
@@ -296,6 +299,11 @@ class Config(RecordOptions, MachineOptions, DecodingOptions, ScstOptions, Optimi
     def to_json(self) -> str: return json.dumps(self.to_dict(), indent=1) + '\n'
 
     @property
+    def given_features(self) -> bool:
+        "Are the features those that came with the data set?"
+        return self.encoder.partition(':')[0] == 'given'
+
+    @property
     def encoder_learns(self) -> bool:
         "Does any part of the encoder learn, at any time?"
         return self.encoder == 'scene_cnn' or self.finetune_from >= 0
@@ -317,7 +325,7 @@ class Config(RecordOptions, MachineOptions, DecodingOptions, ScstOptions, Optimi
         if faults: raise ConfigError('\n'.join(faults))
         return self
 
-# %% ../nbs/55_config.ipynb #87bcf414
+# %% ../nbs/55_config.ipynb #1173fa24
 def typed(name: str, # Field, for the message
           value, # What was given
           kind: type, # What is wanted: str, int, float or bool
@@ -341,7 +349,7 @@ def field_faults(f: dataclasses.Field, value) -> list[str]:
     if limits['high'] is not None and value > limits['high']: return [f'{f.name}={value!r}: must be at most {limits["high"]}']
     return []
 
-# %% ../nbs/55_config.ipynb #bc4d433d
+# %% ../nbs/55_config.ipynb #e1fffb2c
 def channel_values(text: str, # '' or '0.5' or '0.485,0.456,0.406'
                    ) -> tuple[float, float, float] | None: # None if empty
     "One number per colour channel from `text`"
@@ -350,7 +358,7 @@ def channel_values(text: str, # '' or '0.5' or '0.485,0.456,0.406'
     if len(values) not in (1, 3): raise ValueError(f'{text!r}: one number or three, separated by commas')
     return values if len(values) == 3 else values*3
 
-# %% ../nbs/55_config.ipynb #00c0d260
+# %% ../nbs/55_config.ipynb #dea69621
 def foreign_options(decoder: str, # A name in `DECODERS`
                     ) -> list[str]:
     "Fields of the decoder group that `decoder` does not have"
@@ -365,7 +373,7 @@ def for_decoder(config: Config, # With the options of its own decoder
     default = Config()
     return dataclasses.replace(config, decoder=decoder, **{n: getattr(default, n) for n in foreign_options(decoder)})
 
-# %% ../nbs/55_config.ipynb #81298428
+# %% ../nbs/55_config.ipynb #60c95415
 def combination_faults(config: Config) -> list[str]:
     "What is wrong with values that are each possible, but not together"
     c, faults = config, []
@@ -384,9 +392,9 @@ def combination_faults(config: Config) -> list[str]:
         if getattr(c, name) == 0: faults.append(f'{name}=0.0: must be more than 0')
     return faults
 
-# %% ../nbs/55_config.ipynb #37688566
+# %% ../nbs/55_config.ipynb #a3ac5ff7
 def _encoder_faults(c: 'Config') -> list[str]:
-    learns, faults = c.encoder_learns, []
+    learns, faults = c.encoder_learns, _given_faults(c)
     if c.encoder == 'scene_cnn':
         if c.features: faults.append(f'features={c.features!r}: scene_cnn is trained jointly, it has no stored features; leave it out')
         if c.finetune_from >= 0: faults.append(f'finetune_from={c.finetune_from}: scene_cnn learns as a whole anyway; leave it out')
@@ -430,7 +438,16 @@ def _decoding_faults(c: 'Config') -> list[str]:
     if c.min_len >= c.max_len: faults.append(f'min_len={c.min_len}: must be less than max_len={c.max_len}')
     return faults
 
-# %% ../nbs/55_config.ipynb #6275df5f
+# %% ../nbs/55_config.ipynb #af003338
+def _given_faults(c: 'Config') -> list[str]:
+    "Of a network that is not here, nothing can be chosen"
+    if not c.given_features: return []
+    fields = ('encoder_weights', 'encoder_stage', 'encoder_pool', 'encoder_pad_type', 'encoder_mean', 'encoder_std', 'image_size', 'flip',
+              'feature_crops', 'pca', 'finetune_from')
+    return [f'{n}={getattr(c, n)!r}: the features came with the data set (encoder={c.encoder!r}), the network is not here; leave it out'
+            for n in fields if n in c.changed()]
+
+
 def _feature_faults(c: 'Config') -> list[str]:
     "Views and PCA belong to features, which are stored as long as the encoder does not learn"
     faults, later = [], ', or let it learn later with encoder_start' if c.finetune_from >= 0 else ''
@@ -441,7 +458,7 @@ def _feature_faults(c: 'Config') -> list[str]:
     if c.pca_whiten and not c.pca: faults.append('pca_whiten=True: there is no PCA; say with pca how many numbers it leaves')
     return faults
 
-# %% ../nbs/55_config.ipynb #cc11fc76
+# %% ../nbs/55_config.ipynb #03ccefed
 @dataclass
 class FieldHelp:
     "One line of `config_help`"
@@ -454,7 +471,7 @@ def config_help() -> list[FieldHelp]:
                       f.metadata['help'] + (f'; one of {", ".join(map(repr, c))}' if (c := f.metadata['choices']) else ''))
             for f in dataclasses.fields(Config)]
 
-# %% ../nbs/55_config.ipynb #ec1646c5
+# %% ../nbs/55_config.ipynb #ebc62544
 FREE_FIELDS = frozenset(('name', 'runs_dir', 'resume', 'from_run', 'device', 'threads', 'cache_dir', 'features', 'image_store', 'beam',
                          'log_every', 'save_minutes', 'keep_last', 'tensorboard', 'reference_images'))
 CHANGEABLE = FREE_FIELDS | {
@@ -463,7 +480,7 @@ CHANGEABLE = FREE_FIELDS | {
     'feature_dropout', 'crop', 'colour', 'sampling_ratio', 'sampling_start', 'sampling_schedule', 'patience', 'eval_every', 'dev_loss',
     'ranks', 'compile', 'deterministic'}
 
-# %% ../nbs/55_config.ipynb #7ad30475
+# %% ../nbs/55_config.ipynb #287af58c
 SCST_RECIPE = dict(stage='scst', epochs=1, lr=2e-5, schedule='constant', warmup_steps=0, label_smoothing=0., feature_dropout=0.,
                    sampling_ratio=0., sampling_start=0., concepts=0., ema=0.98, patience=0, eval_every=1)
 
@@ -476,7 +493,7 @@ def follow_up(config: Config, # Of the run whose weights are taken over
     name = f'{config.name or Path(run).name}-{stage}'[-60:]
     return dataclasses.replace(config, from_run=str(run), resume='', name=name, **(SCST_RECIPE if stage == 'scst' else dict(stage=stage)))
 
-# %% ../nbs/55_config.ipynb #13c04f1b
+# %% ../nbs/55_config.ipynb #5d520ea5
 def presets() -> dict[str, str]: # Name → what it is
     "Every preset that is shipped"
     files = sorted((experiments_folder()/'presets').glob('*.yaml'))

@@ -7,7 +7,7 @@ __all__ = ['PROGRESS', 'COUNTED', 'default_cache', 'prepare_data', 'prepare_enco
            'prepare_pixels', 'Machine', 'autocast', 'time_step', 'choose_machine', 'Trainer', 'count_targets',
            'memory_hint', 'give_back_memory', 'Interrupted', 'demo_config', 'main']
 
-# %% ../nbs/60_training.ipynb #c5b09050
+# %% ../nbs/60_training.ipynb #8d42899d
 import copy
 import ctypes
 import hashlib
@@ -32,7 +32,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-# %% ../nbs/60_training.ipynb #440190c0
+# %% ../nbs/60_training.ipynb #f43801a4
 from .basics import atomic_write, track
 from .batches import Batch, CaptionBatches, ImageSource
 from .captioner import (Captioner, CaptionModel, Evaluation, TeacherForced, attention_maps, caption_images, description,
@@ -43,12 +43,13 @@ from .config import CHANGEABLE, FREE_FIELDS, Config, ConfigError, channel_values
 from .data import CaptionData, load_data
 from .diversity import fragment_share
 from .encoders import Encoder, load_weights, make_encoder
-from .features import FeatureStore, Store, StoreBusy, default_store_path, extract, load_images
+from .features import FeatureStore, Store, StoreBusy, default_store_path, differences, extract, load_images, view_names
 from .guard import check_captions, check_run, enforce, record_look
 from .images import Augment, ImageStore, default_image_store, store_images
 from .meters import EventFiles, Meter, merge_states
 from .metrics import score
 from .optimizers import Ema, clip_gradients, load_optimizer, make_optimizer, make_scaler
+from .pca import Pca, ProjectedEncoder, ids_fingerprint, pca_spec, reduced_path, reduced_store, stored_pca
 from .ranks import STOPPED, Ranks, Stopped, count_ranks, launch, sum_gradients, sync_batchnorm
 from .scenes import grounding, make_scenes
 from .schedules import Schedule
@@ -57,7 +58,7 @@ from .scst import SelfCritical
 from .text import Vocab, tokenize_all
 from .vectors import WordVectors, read_vectors
 
-# %% ../nbs/60_training.ipynb #a7127327
+# %% ../nbs/60_training.ipynb #99e20ee1
 def default_cache(config: Config | None = None) -> Path:
     "Where features, decoded photos and drawn scenes are kept"
     if config and config.cache_dir: return Path(config.cache_dir).expanduser()
@@ -87,15 +88,21 @@ def prepare_encoder(config: Config,
     else: encoder = make_encoder(c.encoder, c.encoder_weights, c.encoder_stage, c.encoder_pool, image_size=c.image_size or None,
                                  pad_type=c.encoder_pad_type or None, mean=channel_values(c.encoder_mean), std=channel_values(c.encoder_std))
     if encoder.name != c.encoder: raise ConfigError(f'encoder={c.encoder!r}: {start} has the encoder {encoder.name}')
+    theirs = (encoder.pca.dim, encoder.pca.whiten) if isinstance(encoder, ProjectedEncoder) else (0, False)
+    if start and theirs != (c.pca, c.pca_whiten):
+        raise ConfigError(f'pca={c.pca}, pca_whiten={c.pca_whiten}: the weights in {start} belong to features with pca={theirs[0]}, '
+                          f'pca_whiten={theirs[1]}, and go on with no others; say the same, or start a new run without --from')
     if c.finetune_from >= 0: return encoder.finetune(c.finetune_from)
     return encoder if c.encoder_learns else encoder.freeze()
 
-# %% ../nbs/60_training.ipynb #901aedee
+# %% ../nbs/60_training.ipynb #07ebeb04
 def checked_store(path: Path, data: CaptionData, encoder: Encoder, ids: Sequence[str], views: Sequence[str]) -> FeatureStore:
     "The store at `path`, refused unless it has the `views` of all `ids` by this `encoder`; it may hold more"
     store = FeatureStore(path, expect=dict(encoder=encoder.spec))
     absent, there = [v for v in views if v not in store.views], set(store.ids)
     if absent: raise ValueError(f'features={str(path)!r} lacks the view {absent[0]!r} (it has {", ".join(store.views)}): extract with it')
+    if store.views[0] != 'plain': raise ValueError(f'features={str(path)!r}: its first view is {store.views[0]!r}, but dev photos are read as they are; '
+                                                   'extract with plain first')
     lost = [id for id in ids if id not in there]
     if lost: raise ValueError(f'features={str(path)!r} lacks {len(lost)} images of {data.name}, first {lost[:3]}: extract them')
     return store
@@ -111,16 +118,40 @@ def _once(make: Callable[..., Store], *what, quiet: bool, **options) -> Store:
         waiting = True
         time.sleep(1)
 
-# %% ../nbs/60_training.ipynb #684739d2
-def prepare_features(config: Config, data: CaptionData, encoder: Encoder, quiet: bool = False) -> FeatureStore:
-    "The features of all images of `data`, from the file that `config` names or from the cache; extracted if they are not there"
-    ids = [id for split in data.splits.values() for id in split]
-    views = ('plain', 'flip') if config.flip else ('plain',)
-    if not config.features: path = default_store_path(data, encoder, views, default_cache(config)/'features')
-    else:
-        path = Path(config.features).expanduser()
-        if path.is_file(): return checked_store(path, data, encoder, ids, views)
-    return _once(extract, data, encoder, path, views=views, quiet=quiet)
+# %% ../nbs/60_training.ipynb #d9c0b302
+def prepare_features(config: Config, # Fields of the encoder group
+                     data: CaptionData, # Its train images are those that a PCA is fitted on
+                     encoder: Encoder, # With a PCA already, if it is a checkpoint's
+                     quiet: bool = False, # No progress bars
+                     ) -> FeatureStore: # In all views that the configuration wants
+    "The features of all images of `data`, from the file that `config` names or from the cache; extracted, and projected, if they are not there"
+    c, ids, views = config, [id for split in data.splits.values() for id in split], view_names(config.feature_crops, config.flip)
+    whole, pca = (encoder.base, encoder.pca) if isinstance(encoder, ProjectedEncoder) else (encoder, None)
+    if c.pca > whole.dim: raise ConfigError(f'pca={c.pca}: {c.encoder} gives {whole.dim} numbers a cell, a PCA can only leave as many or fewer')
+    usual = default_store_path(data, whole, views, default_cache(c)/'features')
+    path = Path(c.features).expanduser() if c.features else usual
+    if path.is_file() and pca_spec(path):   # made by an earlier run, or copied to a node
+        _check_pca(c, data, path, pca)
+        return checked_store(path, data, ProjectedEncoder(whole, pca or stored_pca(path)), ids, views)
+    if c.pca:
+        folder = next(p for p in path.absolute().parents if p.exists())
+        small = reduced_path(path if os.access(folder, os.W_OK) else usual, data.ids('train'), c.pca, c.pca_whiten, pca)
+        if small.is_file(): return checked_store(small, data, ProjectedEncoder(whole, pca or stored_pca(small)), ids, views)
+    if c.features and path.is_file(): store = checked_store(path, data, whole, ids, views)
+    else: store = _once(extract, data, whole, path, views=views, quiet=quiet)
+    return _once(reduced_store, store, data.ids('train'), c.pca, small, c.pca_whiten, pca, quiet=quiet) if c.pca else store
+
+
+def _check_pca(c: Config, data: CaptionData, path: Path, pca: Pca | None):
+    "Refuse the projected features at `path` if `c` wants none, or the PCA is another than `pca` or than `c` says"
+    spec = pca_spec(path)
+    if not c.pca:
+        raise ConfigError(f'features={c.features!r}: these went through a PCA that leaves {spec["dim"]} numbers a cell; say so with '
+                          f'pca={spec["dim"]}, pca_whiten={spec["whiten"]}, or name the features before it')
+    want = dict(sha256=pca.spec['sha256']) if pca else dict(dim=c.pca, whiten=c.pca_whiten, images=ids_fingerprint(data.ids('train')))
+    if found := differences(want, spec, 'pca.'):
+        raise ConfigError(f'features={c.features!r}: these went through another PCA than this run\'s: {"; ".join(found)}. Name the features '
+                          'before the PCA, from which they are made again')
 
 
 def prepare_pixels(config: Config, data: CaptionData, encoder: Encoder, quiet: bool = False) -> ImageSource | ImageStore:
@@ -131,7 +162,7 @@ def prepare_pixels(config: Config, data: CaptionData, encoder: Encoder, quiet: b
     if config.image_store == 'auto': path = default_image_store(data, encoder.preprocess, default_cache(config)/'images')
     return _once(store_images, data, encoder.preprocess, path, ids, quiet=quiet)
 
-# %% ../nbs/60_training.ipynb #ea5d7dfc
+# %% ../nbs/60_training.ipynb #1f6a499c
 @dataclass
 class Machine:
     "How steps are computed, and how long a step took in each of the ways tried"
@@ -160,7 +191,7 @@ def time_step(model: CaptionModel, # Trained on nothing: gradients are thrown aw
         model.zero_grad(set_to_none=True)
     return min(times[1:])
 
-# %% ../nbs/60_training.ipynb #1e060a0e
+# %% ../nbs/60_training.ipynb #25634450
 def choose_machine(config: Config, # `threads` and `precision`: what it fixes is not measured
                    model: CaptionModel, # Not changed
                    batch: Batch, # A typical one, on the model's device
@@ -189,7 +220,7 @@ def choose_machine(config: Config, # `threads` and `precision`: what it fixes is
     finally: torch.set_num_threads(most)
     return Machine(best[1], best[2], seconds)
 
-# %% ../nbs/60_training.ipynb #257121bf
+# %% ../nbs/60_training.ipynb #9970de8f
 PROGRESS = ('step', 'epoch', 'seconds', 'best', 'best_epoch', 'bad', 'stalled', 'scale', 'stopped')   # of a run, kept in its checkpoints
 
 
@@ -228,7 +259,7 @@ class Trainer:
         "Steps in all"
         return self.config.epochs*self.per_epoch
 
-# %% ../nbs/60_training.ipynb #b99619ae
+# %% ../nbs/60_training.ipynb #e0495889
 @patch
 def prepare(self: Trainer) -> Trainer:
     "Data, vocabulary, encoder, features, model, optimiser; and the state of the last sound checkpoint, if there is one"
@@ -246,8 +277,7 @@ def prepare(self: Trainer) -> Trainer:
             self.features = self.pixels = None
             if state: self._check_same(state)
             start = last or (find_checkpoint(c.from_run) if c.from_run else None)
-            encoder = prepare_encoder(c, start)
-            self._prepare_sources(encoder, state['epoch'] if state else 0)
+            encoder = self._prepare_sources(prepare_encoder(c, start), state['epoch'] if state else 0)
             if state: self._check_same(state)   # now that the features are known
             self._prepare_model(encoder, start)
         self._prepare_batches()
@@ -274,13 +304,14 @@ def _one_after_the_other(self: Trainer) -> Iterator[None]:
     yield
     if self.ranks.main: self.ranks.barrier()
 
-# %% ../nbs/60_training.ipynb #ee54dec5
+# %% ../nbs/60_training.ipynb #3e6364d0
 @patch
-def _prepare_sources(self: Trainer, encoder: Encoder, epoch: int):
+def _prepare_sources(self: Trainer, encoder: Encoder, epoch: int) -> Encoder: # With the PCA of the features, if they have one
     "Features as long as the encoder does not learn, pixels from then on"
     c = self.config
     if not c.encoder_learns or epoch < c.encoder_start: self.features = prepare_features(c, self.data, encoder, self.quiet)
     if c.encoder_learns: self.pixels = prepare_pixels(c, self.data, encoder, self.quiet)
+    return encoder if not c.pca or isinstance(encoder, ProjectedEncoder) else ProjectedEncoder(encoder, stored_pca(self.features))
 
 
 @patch
@@ -319,13 +350,14 @@ def _read_vectors(self: Trainer) -> WordVectors:
     counts = Counter(word for words in tokenize_all(self.data.train_captions(), c.tokenizer) for word in words)
     return read_vectors(c.word_vectors, self.vocab.words, counts, c.seed, self.quiet)
 
-# %% ../nbs/60_training.ipynb #f85711bc
+# %% ../nbs/60_training.ipynb #d9ad2bbf
 @patch
 def _prepare_batches(self: Trainer):
     c, ranks = self.config, self.ranks
     augment = Augment(c.crop, c.colour) if c.crop or c.colour else None
+    views = view_names(c.feature_crops, c.flip)
     self.batches = CaptionBatches(self.data, self.vocab, 'train', self.features or self.pixels, c.images_per_batch, c.captions_per_image,
-                                  c.seed, max_words=c.max_words, flip=c.flip, rank=ranks.rank, ranks=ranks.size, augment=augment)
+                                  c.seed, max_words=c.max_words, views=views if len(views) > 1 else None, rank=ranks.rank, ranks=ranks.size, augment=augment)
 
 
 @patch
@@ -359,7 +391,7 @@ def _enter_epoch(self: Trainer):
     self.batches.set_epoch(self.epoch)
     self.model.train()
 
-# %% ../nbs/60_training.ipynb #8fa6c306
+# %% ../nbs/60_training.ipynb #31e51196
 @patch
 def state(self: Trainer) -> dict:
     "All that resuming needs besides the weights, as numbers, text and tensors"
@@ -376,7 +408,7 @@ def _fingerprints(self: Trainer) -> dict[str, str]:
     digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
     return dict(data=self.data.fingerprint, vocab=self.vocab.fingerprint, features=digest)
 
-# %% ../nbs/60_training.ipynb #296a373e
+# %% ../nbs/60_training.ipynb #a5135d61
 @patch
 def save(self: Trainer, name: str, # 'last' or 'best'
          wait: bool = False, # Until it is on the disk
@@ -403,13 +435,15 @@ def save(self: Trainer, name: str, # 'last' or 'best'
 def _encoder_file(self: Trainer) -> Path:
     "The frozen encoder's weights, which all checkpoints of the run share; written once"
     encoder = self.model.encoder
-    path = self.checkpoints/f'encoder-{encoder.spec["weights_sha256"][:12]}.safetensors'
+    spec = encoder.spec
+    pca = f'-{spec["pca"]["sha256"][:8]}' if 'pca' in spec else ''
+    path = self.checkpoints/f'encoder-{spec["weights_sha256"][:12]}{pca}.safetensors'
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, weight_bytes({f'encoder.{n}': t for n, t in encoder.state_dict().items()}))
     return path
 
-# %% ../nbs/60_training.ipynb #74ecf50f
+# %% ../nbs/60_training.ipynb #40c0a065
 @patch
 def _take_up(self: Trainer, state: dict):
     "Go on where the checkpoint with `state` was written; the weights are there already"
@@ -436,11 +470,11 @@ def _use(self: Trainer, machine: Machine, scaler: dict | None = None):
     self.machine, self.scaler = machine, make_scaler(machine.precision, self.device)
     if scaler: self.scaler.load_state_dict(scaler)
 
-# %% ../nbs/60_training.ipynb #8e8dd997
+# %% ../nbs/60_training.ipynb #cf4a650c
 @patch
 def _changes(self: Trainer, state: dict) -> dict[str, list]: # Field → what it was, what it is
-    then, now = state['config'], self.config.to_dict()
-    return {n: [then.get(n), v] for n, v in now.items() if n not in FREE_FIELDS and then.get(n) != v}
+    then, now = Config().to_dict() | state['config'], self.config.to_dict()   # fields that did not exist then: what their default does
+    return {n: [then[n], v] for n, v in now.items() if n not in FREE_FIELDS and then[n] != v}
 
 
 @patch
@@ -453,7 +487,7 @@ def _check_same(self: Trainer, state: dict):
     if other: raise ConfigError(f'{self.run} cannot be continued with this configuration: {"; ".join(other)}. '
                                 'Change it back, or start a new run (--from takes over the weights)')
 
-# %% ../nbs/60_training.ipynb #8eff6029
+# %% ../nbs/60_training.ipynb #af808d46
 COUNTED = {'words': 0, 'concepts': 2, 'scst': 2}   # what a part of the loss is a mean over: words, captions (the others) or images
 
 
@@ -484,7 +518,7 @@ def _parts(self: Trainer, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Te
     parts = self.model.parts(batch, c.label_smoothing, self.vocab.pad_id, own)
     return parts, dict(loss=parts['words'].detach())
 
-# %% ../nbs/60_training.ipynb #7a243c81
+# %% ../nbs/60_training.ipynb #a56e2824
 @patch
 def train_step(self: Trainer, batches: Sequence[Batch]): # One, or as many as are accumulated; a rank's share may be empty
     "Forward, backward and update on the captions of all `batches`"
@@ -521,7 +555,7 @@ def train_step(self: Trainer, batches: Sequence[Batch]): # One, or as many as ar
     self.tick = now
     if self.step % c.log_every == 0: self.log_steps()
 
-# %% ../nbs/60_training.ipynb #260f6e9f
+# %% ../nbs/60_training.ipynb #6e228af5
 @patch
 def _sum_over_ranks(self: Trainer, logged: dict[str, Tensor | float]) -> dict[str, Tensor | float]:
     "Sum gradients, and the numbers in `logged`, over the ranks"
@@ -560,7 +594,7 @@ def memory_hint(config: Config) -> Iterator[None]:
                           f'image_size, precision=\'bf16\'; eval_beam ({config.eval_beam}) if it happened at an evaluation. What was saved '
                           f'is not lost. ({str(e).splitlines()[0][:200]})') from e
 
-# %% ../nbs/60_training.ipynb #44bd873e
+# %% ../nbs/60_training.ipynb #5cfc9d53
 @patch
 def _settle(self: Trainer):
     "Turn what is known of the last steps into plain numbers, and see that they are numbers"
@@ -597,7 +631,7 @@ def log(self: Trainer, **values):
         self.events = self.events or EventFiles(self.run/'events', self.begun)
         self.events.write(row)
 
-# %% ../nbs/60_training.ipynb #0e6bf2a7
+# %% ../nbs/60_training.ipynb #7720c620
 @patch
 def end_epoch(self: Trainer):
     "Log, score the dev split, keep the best, write the checkpoint"
@@ -634,7 +668,7 @@ def give_back_memory():
     try: ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError, TypeError): pass   # not glibc
 
-# %% ../nbs/60_training.ipynb #7b2f1688
+# %% ../nbs/60_training.ipynb #34d9930e
 @patch
 def _captions_of(self: Trainer, model: CaptionModel, ids: Sequence[str], width: int, attention: bool = False) -> dict: # Id → Hypothesis
     "The captions of `ids`, each rank writing a share of them; every rank gets all"
@@ -673,7 +707,7 @@ def judge(self: Trainer, value: float, # Higher is better
     if c.schedule == 'plateau' and self.stalled > c.plateau_patience: self.scale, self.stalled = max(self.scale*c.plateau_factor, c.lr_floor), 0
     self.stopped = bool(c.patience) and self.bad >= c.patience
 
-# %% ../nbs/60_training.ipynb #665a88a8
+# %% ../nbs/60_training.ipynb #bf6b675d
 class Interrupted(Exception):
     "Somebody wants the run to stop; its state is as at the last step"
 
@@ -712,7 +746,7 @@ def _begin(self: Trainer):
     if self.machine.threads: torch.set_num_threads(self.machine.threads)
     self.save('last')
 
-# %% ../nbs/60_training.ipynb #c513bdd8
+# %% ../nbs/60_training.ipynb #972f5b6a
 @patch
 def _loop(self: Trainer, show: Callable):
     c, saved, shown = self.config, time.monotonic(), time.monotonic()
@@ -752,7 +786,7 @@ def _grant(self: Trainer, saved: float) -> float: # Time of the latest checkpoin
     self.save('last')
     return time.monotonic()
 
-# %% ../nbs/60_training.ipynb #af1ac606
+# %% ../nbs/60_training.ipynb #578517c5
 @patch
 def _groups(self: Trainer, show: Callable) -> Iterator[list[Batch]]:
     "The batches of each step, epoch after epoch"
@@ -773,7 +807,7 @@ def status(self: Trainer) -> str:
     dev = f', dev {self.config.monitor} {abs(self.best):.3f} (epoch {self.best_epoch})' if self.best > -math.inf else ''
     return f'epoch {min(self.epoch + 1, self.config.epochs)}/{self.config.epochs}{loss}{dev}'
 
-# %% ../nbs/60_training.ipynb #26f9d5a1
+# %% ../nbs/60_training.ipynb #ad8a86bc
 @patch
 def _sample_batch(self: Trainer) -> Batch:
     batches = copy.copy(self.batches)   # a copy: the place in the order stays what it is
@@ -815,7 +849,7 @@ def _loop_settings(self: Trainer) -> Iterator[None]:
         torch.use_deterministic_algorithms(deterministic)
         for s, handler in before.items(): signal.signal(s, handler)
 
-# %% ../nbs/60_training.ipynb #7c31db48
+# %% ../nbs/60_training.ipynb #f377f67c
 @patch
 def _fit_by_ranks(self: Trainer, show: Callable) -> list[dict]:
     "Start the ranks, follow them to the end, and take up what they have learnt"
@@ -837,7 +871,7 @@ def _fit_by_ranks(self: Trainer, show: Callable) -> list[dict]:
     self.ready = False
     return self.history
 
-# %% ../nbs/60_training.ipynb #99794832
+# %% ../nbs/60_training.ipynb #a8a9245d
 @patch
 def evaluate(self: Trainer, split: str = 'dev', # Which split
              width: int | None = None, # Beam width; None takes the configuration's
@@ -873,7 +907,7 @@ def _write_results(self: Trainer, result: Evaluation):
     if self.critic: results['reward'] = self.critic.signature
     atomic_write(path, json.dumps(results, indent=1) + '\n')
 
-# %% ../nbs/60_training.ipynb #c6b752ed
+# %% ../nbs/60_training.ipynb #14e546c0
 @patch
 def teacher_forced(self: Trainer, split: str = 'dev', # Which split
                    ) -> TeacherForced: # The same on every rank
@@ -886,7 +920,7 @@ def teacher_forced(self: Trainer, split: str = 'dev', # Which split
                              rank=ranks.rank, ranks=ranks.size)
     return TeacherForced.of(ranks.sum_(teacher_forced_sums(model, batches)))
 
-# %% ../nbs/60_training.ipynb #1cccfb23
+# %% ../nbs/60_training.ipynb #976d86df
 def demo_config(**changes, # Fields to set otherwise
                 ) -> Config:
     "The configuration of the demo: 2,000 drawn scenes, a small encoder trained jointly"
@@ -896,7 +930,7 @@ def demo_config(**changes, # Fields to set otherwise
                 threads=1)   # its operations are so small that a second thread mostly waits
     return Config.from_dict(demo | changes)
 
-# %% ../nbs/60_training.ipynb #70aa5e32
+# %% ../nbs/60_training.ipynb #44252b36
 def main(arguments: Sequence[str] | None = None) -> int:
     "`python -m caption_nb.training RUN`: train the run folder's config.json to the end and evaluate on dev; one rank, or all of them"
     arguments = sys.argv[1:] if arguments is None else list(arguments)
