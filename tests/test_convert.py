@@ -384,5 +384,5 @@ def test_the_command(scenes, tmp_path, capsys):
     assert 'lost: photos become squares' in capsys.readouterr().out and len(read_arrays(tmp_path/'c').images) == 10
     assert main(['convert', str(tmp_path/'a'), '--to', 'csv']) == 2 and 'two folders' in capsys.readouterr().err
     assert main(['convert', str(tmp_path/'a'), str(tmp_path/'d')]) == 2 and 'karpathy, coco2014' in capsys.readouterr().err
-    assert main(['convert', str(tmp_path/'a'), str(tmp_path/'d'), '--to', 'coc']) == 2 and "did you mean 'coco2014'" in capsys.readouterr().err
+    assert main(['convert', str(tmp_path/'a'), str(tmp_path/'d'), '--to', 'coco214']) == 2 and "did you mean 'coco2014'" in capsys.readouterr().err
     assert main(['convert', str(tmp_path/'nowhere'), str(tmp_path/'d'), '--to', 'csv']) == 2 and 'no such folder' in capsys.readouterr().err
