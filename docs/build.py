@@ -53,7 +53,7 @@ def notebook_module(notebook: NotebookNode) -> str:
 
 
 def find_pages() -> list[Page]:
-    "The home page, the modules in order, the tutorials, the guide to clusters, and the two documents about the project"
+    "The home page, the modules in order, the tutorials, the guide to clusters, the data sets, and the two documents about the project"
     pages = [Page(Path('index.ipynb'), 'index')]
     for path in sorted((ROOT/'nbs').glob('[0-9]*.ipynb')):
         module = notebook_module(nbformat.read(path, 4))
@@ -62,6 +62,8 @@ def find_pages() -> list[Page]:
     for path in sorted((ROOT/'nbs'/'tutorials').glob('[!_.]*.ipynb')):
         pages.append(Page(path.relative_to(ROOT), f'tutorials/{path.stem}'))
     pages += [Page(Path('slurm/README.md'), 'tutorials/from_ssh_to_results')]
+    sets = sorted((ROOT/'nbs'/'data_sets').glob('[!_.]*.ipynb'), key=lambda path: (path.stem != 'index', path.stem))   # the table of all first
+    pages += [Page(path.relative_to(ROOT), f'data_sets/{path.stem}') for path in sets]
     pages += [Page(Path('CONTRIBUTING.md'), 'contributing'), Page(Path('CHANGELOG.md'), 'changelog')]
     return pages
 
@@ -361,7 +363,9 @@ def write_sources(source: Path, run: Path | None):
         if page.name == 'index':
             numbered = [p.name for p in pages if p.source.parent.as_posix() == 'nbs']
             tutorials = [p.name for p in pages if p.name.startswith('tutorials/')]
-            trees = ['```{toctree}\n:hidden:\n\nHome <self>\n```', toctree('Modules', numbered)] + [toctree('Tutorials', tutorials)] * bool(tutorials)
+            sets = [p.name for p in pages if p.name.startswith('data_sets/')]
+            trees = ['```{toctree}\n:hidden:\n\nHome <self>\n```', toctree('Modules', numbered)]
+            trees += [toctree(caption, names) for caption, names in (('Tutorials', tutorials), ('Data sets', sets)) if names]
             trees += [toctree('Experiments', ['run'])] * bool(run) + [toctree('Project', ['contributing', 'changelog'])]
             notebook.cells.append(new_markdown_cell('\n\n'.join(trees)))
         nbformat.write(notebook, target)

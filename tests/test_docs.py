@@ -81,11 +81,14 @@ def guide_commands() -> list[list[str]]:
         for cell in nbformat.read(ROOT/name, 4).cells:
             if cell.cell_type == 'code': found += re.findall(r"caption_nb\(f?'([^']+)'\)", cell.source)
     texts = [GUIDE, *(c.source for n in ('nbs/tutorials/on_a_cluster.ipynb', 'index.ipynb') for c in nbformat.read(ROOT/n, 4).cells if c.cell_type == 'markdown')]
-    for text in texts:
-        lines = [line for kind, block in BLOCK.findall(text) if kind in ('sh', 'bash') for line in block.replace('\\\n', ' ').splitlines()]
-        lines += re.findall(r'`(caption-nb [^`]+)`', BLOCK.sub('', text))
-        found += [line.removeprefix('caption-nb ') for line in lines if line.startswith('caption-nb ')]
-    return [shlex.split(re.sub(r'<[^>]*>', 'RUN', line), comments=True) for line in found]
+    return [shlex.split(line) for line in found] + [words for text in texts for words in commands_in(text)]
+
+
+def commands_in(text: str) -> list[list[str]]:
+    "The words of every command line of `caption-nb` in `text`"
+    lines = [line for kind, block in BLOCK.findall(text) if kind in ('sh', 'bash') for line in block.replace('\\\n', ' ').splitlines()]
+    lines += re.findall(r'`(caption-nb [^`]+)`', BLOCK.sub('', text))
+    return [shlex.split(re.sub(r'<[^>]*>', 'RUN', line.removeprefix('caption-nb ')), comments=True) for line in lines if line.startswith('caption-nb ')]
 
 
 @cache
@@ -151,6 +154,64 @@ def test_examples_of_the_guide_can_be_read(tmp_path, monkeypatch):
     for kind, text in examples.items(): (tmp_path/f'lr.{kind}').write_text(text)
     assert load_profile(str(tmp_path/'lr.toml')).env == dict(HF_HOME='/shared/me/huggingface')
     assert len(read_sweep(tmp_path/'lr.yaml')) == 15
+
+
+# ---- the pages of the data sets ---------------------------------------------------------------------------------
+
+SETS = {p.name.split('/')[1]: nbformat.read(ROOT/p.source, 4) for p in build.find_pages() if p.name.startswith('data_sets/')}
+PUBLISHED = ('flickr8k', 'flickr30k', 'coco', 'cs231n', 'eecs498')
+
+
+def words_of(name: str) -> str:
+    "All text of a page of a data set"
+    return '\n'.join(c.source for c in SETS[name].cells if c.cell_type == 'markdown')
+
+
+def test_every_data_set_has_a_page():
+    assert {*SETS} == {'index', *PUBLISHED, 'show_attend_tell', 'scenes', 'your_own'}
+    assert next(iter(SETS)) == 'index', 'the table of all comes first in the side bar'
+    for name in SETS: assert name == 'index' or f']({name}.ipynb)' in words_of('index'), name
+    for name in PUBLISHED:
+        headings = re.findall(r'^## (.+)$', words_of(name), re.M)
+        assert {'What it is', 'Licence', 'How to get it', 'Known faults', 'Published results'} <= {h.split(',')[0] for h in headings}, name
+
+
+def test_data_sets_are_called_as_the_program_calls_them():
+    from caption_nb.array_layouts import ARRAY_LAYOUTS
+    from caption_nb.download import SOURCES
+    from caption_nb.layouts import LAYOUTS
+    text = '\n'.join(map(words_of, SETS))
+    named = {*re.findall(r'caption-nb download ([a-z][\w-]*)', text)}
+    assert named <= {*SOURCES} and {n for n in SOURCES if not n.startswith(('glove', 'coco2017-'))} <= named
+    rows = [row for row in words_of('index').splitlines() if row.startswith('| [')]
+    layouts = {layout for row in rows for layout in re.findall(r'`(\w+)`', row.split('|')[-3])}
+    assert layouts == {*LAYOUTS, *ARRAY_LAYOUTS}
+
+
+def test_commands_of_the_data_sets_exist():
+    from caption_nb.cli import COMMANDS
+    lines = [line for name in SETS for line in commands_in(words_of(name))]
+    assert len(lines) > 20
+    for command, *words in lines:
+        assert command in COMMANDS, command
+        flags = {word for word in words if word.startswith('--')}
+        assert flags <= flags_of(command), f'caption-nb {command}: no {flags - flags_of(command)}'
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_published_results_have_sources(name):
+    results = words_of(name).split('## Published results', 1)[1]
+    rows = [row for row in results.splitlines() if row.startswith('| ')][1:]
+    assert len(rows) > 4 or 'None' in results
+    for row in rows: assert re.search(r'\]\(https://|^\| the same |\(same\)|\*\*this project\*\*', row), row
+    assert not rows or 'How the figures were read' in results
+
+
+def test_links_of_the_data_sets_resolve():
+    pages = build.find_pages()
+    targets = {p.source.as_posix(): p.name + p.source.suffix for p in pages}
+    for page in pages:
+        if page.name.startswith('data_sets/'): build.make_page(page, {}, targets)   # a broken one ends the build
 
 
 # ---- the site ---------------------------------------------------------------------------------------------------

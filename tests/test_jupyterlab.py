@@ -18,7 +18,7 @@ from conftest import ROOT
 pytest.importorskip('jupyterlab', reason="needs pip install -e '.[dev]'")
 pytest.importorskip('playwright', reason="needs pip install -e '.[dev]'")
 
-NOTEBOOKS = ['index.ipynb'] + [p.relative_to(ROOT).as_posix() for folder in ('nbs', 'nbs/experiments', 'nbs/tutorials')
+NOTEBOOKS = ['index.ipynb'] + [p.relative_to(ROOT).as_posix() for folder in ('nbs', 'nbs/experiments', 'nbs/tutorials', 'nbs/data_sets')
                                for p in sorted((ROOT/folder).glob('[0-9a-zA-Z]*.ipynb')) if not p.is_symlink()]
 RUN_THROUGH = 'nbs/50_metrics.ipynb'
 

@@ -22,7 +22,7 @@ settings = settings['DEFAULT']
 
 MODULE_NOTEBOOKS = sorted((ROOT/'nbs').glob('[0-9]*.ipynb'))
 EXPERIMENTS = sorted((ROOT/'nbs'/'experiments').glob('*.ipynb'))
-NOTEBOOKS = [*MODULE_NOTEBOOKS, *EXPERIMENTS, *sorted((ROOT/'nbs'/'tutorials').glob('*.ipynb')), ROOT/'index.ipynb']
+NOTEBOOKS = [*MODULE_NOTEBOOKS, *EXPERIMENTS, *(p for d in ('tutorials', 'data_sets') for p in sorted((ROOT/'nbs'/d).glob('*.ipynb'))), ROOT/'index.ipynb']
 short = [p.relative_to(ROOT).as_posix() for p in NOTEBOOKS]
 
 
