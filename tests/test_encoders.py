@@ -167,12 +167,48 @@ def test_fingerprint_sees_names_shapes_types_and_values():
 # ---- preprocessing
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 300), st.integers(1, 300), st.sampled_from(['crop', 'squash']), st.sampled_from([0.875, 1.]),
+@given(st.integers(1, 300), st.integers(1, 300), st.sampled_from(['crop', 'squash', 'pad']), st.sampled_from([0.875, 1.]),
        st.sampled_from(['nearest', 'bilinear', 'bicubic', 'lanczos']))
 def test_any_photo_gets_the_right_size(w, h, resize, crop_pct, interpolation):
-    out = Preprocess((32, 48), resize, crop_pct, interpolation)(Image.new('RGB', (w, h), (10, 200, 30)))
+    fill = (10, 200, 30) if resize == 'pad' else None
+    out = Preprocess((32, 48), resize, crop_pct, interpolation, fill=fill)(Image.new('RGB', (w, h), (10, 200, 30)))
     assert out.shape == (3, 32, 48) and out.dtype == torch.uint8
     assert (out == torch.tensor([10, 200, 30], dtype=torch.uint8).view(3, 1, 1)).all()
+
+
+def cubic_weights(n_in, n_out):
+    "The matrix that resizes n_in numbers to n_out by Keys' cubic (a = -0.5), widened when it shrinks them (antialiased)"
+    ratio = n_in/n_out
+    wide = max(1., ratio)
+    x = np.abs((np.arange(n_in)[None] + 0.5 - (np.arange(n_out)[:, None] + 0.5)*ratio)/wide)
+    weights = np.where(x < 1, 1.5*x**3 - 2.5*x**2 + 1, np.where(x < 2, -0.5*x**3 + 2.5*x**2 - 4*x + 2, 0.))
+    return weights/weights.sum(1, keepdims=True)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(5, 90), st.integers(5, 90), st.sampled_from(['squash', 'pad']))
+def test_pixels_are_the_formula(h, w, resize):
+    photo = np.random.default_rng(h*100 + w).integers(80, 176, (h, w, 3), dtype=np.uint8)   # so that nothing overshoots and is cut off
+    p = Preprocess((24, 36), resize, fill=(1, 2, 3) if resize == 'pad' else None)
+    scale = min(24/h, 36/w)
+    inner = (24, 36) if resize == 'squash' else (max(1, round(h*scale)), max(1, round(w*scale)))
+    exact = np.einsum('oh,hwc->owc', cubic_weights(h, inner[0]), cubic_weights(w, inner[1]) @ photo.astype(float))
+    want = np.full((24, 36, 3), (1, 2, 3), float)
+    top, left = (24 - inner[0])//2, (36 - inner[1])//2
+    want[top:top + inner[0], left:left + inner[1]] = exact
+    if (h, w) == (24, 36): want = photo
+    assert np.abs(p(Image.fromarray(photo)).permute(1, 2, 0).numpy() - want).max() < 1.5   # it rounds after each direction
+
+
+def test_padding_keeps_the_whole_photo_and_is_recorded():
+    photo = Image.new('RGB', (80, 40), (200, 0, 0))
+    out = Preprocess((32, 32), 'pad', fill=(0, 0, 255))(photo)
+    assert (out[0, 8:24] == 200).all() and (out[2, :8] == 255).all() and (out[2, 24:] == 255).all()
+    assert Preprocess(resize='pad').fill == (124, 116, 104) and 'fill' not in Preprocess().record   # old records stay what they are
+    encoder = make_encoder('scene_cnn', resize='pad', image_size=32)
+    assert encoder.spec['fill'] == [128, 128, 128] and Encoder.from_spec(encoder.spec).preprocess == encoder.preprocess
+    for kw in (dict(fill=(0, 0, 0)), dict(resize='pad', fill=(0, 0, 256)), dict(resize='pad', fill=(0.5, 0, 0))):
+        with pytest.raises(ValueError, match='from 0 to 255'): Preprocess(**kw)
 
 
 def test_crop_is_timms_own():
@@ -187,7 +223,7 @@ def test_crop_is_timms_own():
     assert (ours - theirs).abs().mean() < 0.04   # two grey levels: they resize, round, then cut at whole pixels; we do both at once
 
 
-@pytest.mark.parametrize('resize', ['crop', 'squash'])
+@pytest.mark.parametrize('resize', ['crop', 'squash', 'pad'])
 def test_photo_of_the_right_size_is_untouched(resize):
     pixels = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
     encoder = make_encoder('mobilenetv2_050', 'random', resize=resize)

@@ -97,6 +97,33 @@ def test_threads_and_copies_share_it(whole):
         assert store._fd is None
 
 
+class Photos(torch.utils.data.Dataset):
+    "A store, as PyTorch's own loader wants it"
+    def __init__(self, store): self.store = store
+    def __len__(self): return len(self.store)
+    def __getitem__(self, i): return self.store[self.store.ids[i]]
+
+
+@pytest.mark.parametrize('start', ['fork', 'spawn'])
+def test_worker_processes_share_it(whole, start):
+    whole.read(whole.ids[:1])   # the handle of this process is open: a forked worker inherits it, a spawned one opens its own
+    loader = torch.utils.data.DataLoader(Photos(whole), batch_size=16, num_workers=2, multiprocessing_context=start)
+    assert torch.equal(torch.cat(list(loader)), whole.read(whole.ids))
+
+
+@pytest.mark.parametrize('resize', ['crop', 'squash', 'pad'])
+def test_every_way_to_the_size_has_its_own_store(data, tmp_path, resize):
+    to_size = Preprocess((16, 24), resize)
+    store = store_images(data, to_size, default_image_store(data, to_size, tmp_path), data.images[:4], quiet=True)
+    assert torch.equal(store.read(store.ids), torch.stack([to_size(data.open(id)) for id in store.ids]))
+    assert ('fill' in store.attrs['preprocess']) == (resize == 'pad')
+    others = [Preprocess((16, 24), r) for r in ('crop', 'squash', 'pad')] + [Preprocess((16, 24), 'pad', fill=(0, 0, 0))]
+    assert len({default_image_store(data, p, tmp_path) for p in others}) == 4
+    for other in others:
+        if other == to_size: continue
+        with pytest.raises(StoreError, match='holds other images: preprocess'): store_images(data, other, store.path, store.ids)
+
+
 def test_progress_says_images(data, tmp_path, capsys):
     store_images(data, SMALL, tmp_path/'s.h5')
     err = capsys.readouterr().err
