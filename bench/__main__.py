@@ -1,4 +1,4 @@
-"""`python -m bench NAME… | --all [--quick] [--json] [--threads N]`"""
+"""`python -m bench NAME… | --all [--quick] [--json] [--threads N] [what is NAME's own]`"""
 import argparse
 import importlib
 import os
@@ -20,7 +20,7 @@ def main() -> int:
     parser.add_argument('--quick', action='store_true', help='small sizes, few rounds: shows that it works, not how fast')
     parser.add_argument('--json', action='store_true', help="end each benchmark with one line of JSON: its first row, and the rest under 'more'")
     parser.add_argument('--threads', type=int, default=1, help='CPU threads for torch and BLAS (default 1: captions per CPU-second)')
-    args = parser.parse_args()
+    args, rest = parser.parse_known_args()
     chosen = names() if args.all else args.name
     unknown = [n for n in chosen if n not in names()]
     if unknown or not chosen: parser.error(f'{"unknown: " + ", ".join(unknown) if unknown else "name a benchmark"}; there are {", ".join(names())}')
@@ -29,7 +29,9 @@ def main() -> int:
     from bench.common import json_line, table
     torch.set_num_threads(args.threads)
     for name in chosen:
-        results = importlib.import_module(f'bench.{name}').run(quick=args.quick)
+        module = importlib.import_module(f'bench.{name}')
+        if rest and not hasattr(module, 'options'): parser.error(f'{name} does not know {" ".join(rest)}')
+        results = module.run(quick=args.quick, **(module.options(rest) if rest else {}))
         print(table(results), flush=True)
         if args.json: print(json_line(results), flush=True)
     return 0
