@@ -1,7 +1,7 @@
 """Reading features in random order: our store against one .npz an image, and against `chunks=True` with gzip.
 
 Rates are images per CPU-second (user and system), with the files in the operating system's cache: what is compared is the work of
-reading, not the disk."""
+reading, not the disk. The last row is the memory that reading 10 times as many images takes."""
 from __future__ import annotations
 
 import random
@@ -13,7 +13,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from bench.common import Result
+from bench.common import Result, memory_at_ten_times
 from caption_nb.features import FeatureStore, _create
 
 
@@ -36,6 +36,19 @@ def cpu_rate(read, batches: list[list[str]]) -> float:
     start = time.process_time()
     for batch in batches: read(batch)
     return sum(map(len, batches))/max(time.process_time() - start, 1e-9)
+
+
+def empty(path: Path, n: int, L: int, D: int):
+    "A store of `n` images of which nobody has written the numbers: it takes no room on the disk"
+    _create(path, FeatureStore, dict(grid=[7, L//7], dim=D, views=['plain'], precision='fp32', encoder={'name': 'bench'}), (L, D),
+            [f'{i:06d}.jpg' for i in range(n)], [0]*n)
+
+
+def read_all(path: str, size: int):
+    "All images of the store at `path`, in random order"
+    with FeatureStore(path) as store:
+        order = random.Random(0).sample(store.ids, len(store))
+        for j in range(0, len(order), size): store.read(order[j:j + size])
 
 
 def run(quick: bool = False) -> list[Result]:
@@ -65,4 +78,7 @@ def run(quick: bool = False) -> list[Result]:
             results.append(Result(f'features_read: {name}', mine, peers, ratio, 'images/CPU-s', [min(ratios), max(ratios)],
                                   dict(images=n, L=L, D=D, batch=size, rounds=rounds)))
         packed.close(); store.close()
+        for k in (1, 10): empty(folder/f'{k}.h5', k*n*5, L, D)
+        results.append(memory_at_ten_times('features_read: memory at 10 times the images', 'features_read',
+                                           lambda k: f'read_all({str(folder/f"{k}.h5")!r}, {size})', 1 if quick else 3, dict(images=5*n, L=L, D=D)))
     return results
