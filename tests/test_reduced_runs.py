@@ -233,3 +233,26 @@ def test_encoder_that_learns_later_keeps_the_pca(cache, tmp_path, monkeypatch):
     captioner = Captioner.load(tmp_path/'run', 'cpu')
     assert captioner.caption([whole.data.path(id) for id in ids]) == list(whole.evaluate('dev').captions.values())
     assert captioner.model.encoder.pca.images == ids_fingerprint(whole.data.ids('train'))
+
+
+# ---- the command line and the record
+
+def test_extract_from_the_command_line(cache, done, tmp_path, capsys):
+    from caption_nb.cli import main
+    own = ('extract', '--encoder', 'mobilenetv2_050', '--encoder-weights', 'random', '--num-images', '20', '--image-size', '64', '--flip',
+           '--feature-crops', '2', '--pca', '12', '--cache-dir')
+    assert main([*own, str(cache)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f'{done.features.path}: 20 images, grid 2 × 2, 12 channels, views plain, flip, crop-1,')
+    assert 'PCA of the train images: 1280 → 12, ' in out and 'of the variance of 384 rows' in out
+    assert main([*own, str(tmp_path)]) == 0
+    assert 'features of 20 photos in 6 views (plain, flip, crop-1, …), 4 × 1280 numbers each: 1.23 MB\n' in capsys.readouterr().out
+    assert {p.name for p in (tmp_path/'features').iterdir()} >= {done.features.path.name}
+
+
+def test_record_shows_the_explained_variance(cache, tmp_path):
+    from caption_nb.runs import execute, experiment, new_run
+    config = tiny(cache, runs_dir=str(tmp_path), epochs=1)
+    run = new_run(config, tmp_path)
+    assert execute(experiment(), run, config.to_dict() | dict(resume=str(run)))['status'] == 'done'
+    assert (run/'figures'/'explained_variance.png').stat().st_size > 3000
