@@ -1,8 +1,10 @@
 """Data sets of arrays: read as they are, written and read back, and refused with the place named when something is wrong."""
+import dataclasses
 import json
 import os
 import pickle
 import shutil
+from contextlib import nullcontext
 
 import h5py
 import numpy as np
@@ -10,9 +12,17 @@ import pytest
 import torch
 from caption_nb.array_layouts import (ARRAY_LAYOUTS, ArraySource, array_layout, read_arrays, read_coco_pt, read_cs231n, read_sat,
                                       unpack_images, write_sat)
+from caption_nb.captioner import Captioner
+from caption_nb.config import Config, ConfigError
+from caption_nb.data import check, load_data, plot_page
+from caption_nb.encoders import make_encoder
+from caption_nb.error_browser import error_items, error_page
+from caption_nb.features import FeatureStore, StoreError, default_store_path, extract, store_given
 from caption_nb.layouts import DataError
 from caption_nb.photos import open_image
 from caption_nb.scenes import make_scenes
+from caption_nb.training import Trainer, given_encoder, prepare_encoder
+from caption_nb.views import caption_items, plot_captions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -644,3 +654,202 @@ def test_torch_is_imported_only_for_pt():
     import subprocess, sys
     code = 'import sys, caption_nb.array_layouts; assert "torch" not in sys.modules'
     subprocess.run([sys.executable, '-c', code], check=True)
+
+
+# ---- as ordinary data sets --------------------------------------------------------------------------------------
+
+@pytest.fixture
+def sets(cs231n, sat, pt, tmp_path) -> dict:
+    (tmp_path/'eecs').mkdir()
+    torch.save(pt, tmp_path/'eecs'/'coco.pt')
+    return dict(cs231n=cs231n[0], eecs498=tmp_path/'eecs', sat=sat)
+
+
+def tiny(data, tmp_path, **changes) -> Config:
+    small = dict(min_freq=1, embed_dim=8, hidden_dim=8, attention_dim=8, epochs=1, images_per_batch=8, beam=1, threads=1, precision='fp32',
+                 max_len=5, cache_dir=str(tmp_path/'cache'))
+    return Config.from_dict({**small, 'data': str(data), **changes})
+
+
+HOW = {'cs231n': dict(encoder='given:vgg16_fc7_pca'), 'sat': dict(encoder='scene_cnn', image_size=64, image_store='auto'),
+       'eecs498': dict(encoder='mobilenetv2_050', encoder_weights='random', image_size=64, flip=True)}
+
+
+@pytest.mark.parametrize('layout', ARRAY_LAYOUTS)
+def test_each_layout_trains_from_its_arrays(sets, tmp_path, layout):
+    data = load_data(sets[layout])
+    assert data.layout == layout and data.fingerprint == load_data(sets[layout], layout).fingerprint and check(data, quiet=True).ok
+    trainer = Trainer(tiny(sets[layout], tmp_path, **HOW[layout]), tmp_path/'run', quiet=True).prepare()
+    trainer.fit()
+    found = trainer.evaluate('dev')
+    assert set(found.captions) == set(data.splits['dev']) and np.isfinite(found.scores.corpus['CIDEr'])
+    captioner, id = Captioner.load(tmp_path/'run'/'checkpoints'/'best', 'cpu'), data.splits['dev'][0]
+    photo = data.open(id) if data.has_photos else data.features['vgg16_fc7_pca'].read([id])[0]
+    assert captioner.caption(photo) == captioner.caption([photo])[0] == found.captions[id]
+    items = caption_items(data, found.captions, per_image=found.scores.per_image)
+    assert plot_captions(items) and plot_page(data, n=2) and error_page(tmp_path/'e.html', error_items(
+        found.captions, data.references('dev'), found.scores.per_image, data.picture), embed=1)
+    assert not list(sets[layout].glob('**/*.png'))   # nothing was unpacked
+
+
+def test_photos_and_splits_are_those_of_the_arrays(scenes, sets):
+    data = load_data(sets['sat'])
+    assert data.splits == scenes.splits and data.photos is not None and not data.features
+    for i in data.images[::5]: assert np.array_equal(np.asarray(data.open(i)), np.asarray(scenes.open(i)))
+    with pytest.raises(DataError, match='no file, but a row of an array.*unpack_images'): data.path(data.images[0])
+    with pytest.raises(KeyError, match='e.g. .nothing'): data.open('nothing')
+    small = pickle.loads(pickle.dumps(data.subset(6)))
+    assert len(small.images) == 6 and all(small.open(i) == data.open(i) for i in small.images)
+    course = load_data(sets['cs231n'])
+    assert not course.has_photos and course.splits == {s: scenes.splits[s] for s in ('train', 'dev')}
+    for call in (course.open, course.path, lambda i: course.versions([i])):
+        with pytest.raises(DataError, match="no photos: train on these with encoder='given:vgg16_fc7' or 'given:vgg16_fc7_pca'"): call(course.images[0])
+    assert course.picture(course.images[0])().size and course.subset(5).features.keys() == course.features.keys()
+
+
+def test_captions_with_their_photos_are_better_than_what_was_made_of_them(scenes, sat, tmp_path):
+    shutil.copytree(scenes.root.parent, tmp_path/'both')
+    for p in sat.iterdir(): shutil.copy(p, tmp_path/'both')
+    assert load_data(tmp_path/'both').layout == 'scenes' and load_data(tmp_path/'both', 'sat').layout == 'sat'
+    assert load_data(tmp_path/'both'/MAP).layout == 'sat'
+    (tmp_path/'top').mkdir()
+    for p in sat.iterdir(): shutil.copy(p, tmp_path/'top')
+    shutil.copytree(scenes.root.parent, tmp_path/'top'/'below')
+    assert load_data(tmp_path/'top').layout == 'sat'   # what lies in the folder itself comes first
+
+
+def test_photos_in_files_may_be_given_beside_the_arrays(sat, tmp_path):
+    folder = unpack_images(read_sat(sat), tmp_path/'photos', quiet=True)
+    data = load_data(sat, images=folder)
+    assert data.photos is None and data.path(data.images[0]).is_file() and check(data, quiet=True).ok
+    (folder/data.images[3]).unlink()
+    with pytest.raises(FileNotFoundError, match='1 image of 20'): load_data(sat, images=folder)
+    with pytest.raises(FileNotFoundError, match='no such folder of images'): load_data(sat, images=tmp_path/'nowhere')
+
+
+@pytest.mark.parametrize('layout', ['cs231', 'eecs', 'SAT'])
+def test_misspelt_layouts(sets, layout):
+    with pytest.raises(ValueError, match='unknown layout .*(did you mean|valid)'): load_data(sets['sat'], layout)
+
+
+def test_a_layout_that_is_not_there(sets):
+    with pytest.raises(FileNotFoundError, match="of layout 'eecs498'.*\\*.pt"): load_data(sets['sat'], 'eecs498')
+    (sets['cs231n']/'coco2014_vocab.json').unlink()
+    with pytest.raises(FileNotFoundError, match='coco2014_vocab.json'): load_data(sets['cs231n'])
+
+
+def test_the_word_map_of_another_set_is_noticed(scenes, sat, tmp_path):
+    write(tmp_path/'other', scenes, words_from=('dev',), min_word_freq=1)
+    shutil.copy(tmp_path/'other'/MAP, sat/MAP)
+    with pytest.raises(DataError, match='outside of the vocabulary.*one source'): load_data(sat)
+
+
+def test_check_tells_what_cannot_be_read(cs231n, sat):
+    data = load_data(sat)
+    os.utime(sat/IMAGES, (0, 0))
+    report = check(data, quiet=True)
+    assert list(report.problems) == ['unreadable image'] and len(report.problems['unreadable image']) == len(data.splits['train'])
+    change(cs231n[0]/PCA, 'features', np.full((2, 512), np.nan, 'float32'))
+    report = check(load_data(cs231n[0]), quiet=True)
+    assert len(report.problems['unreadable image']) == 2 and 'not finite' in str(report)
+    with h5py.File(cs231n[0]/CAPTIONS, 'r+') as f: f['train_image_idxs'][...] = np.where(f['train_image_idxs'][()] == 2, 3, f['train_image_idxs'][()])
+    change(cs231n[0]/PCA, 'features', np.ones((2, 512), 'float32'))
+    report = check(load_data(cs231n[0]), quiet=True)
+    assert report.ok and len(report.remarks['no caption']) == 1 and '2 vgg16' not in str(report.problems)
+
+
+def test_same_names_other_pixels_are_other_features(pt, tmp_path):
+    data = []
+    for home, images in (('a', pt['train_images']), ('b', 255 - pt['train_images'])):
+        (tmp_path/home/'course').mkdir(parents=True)
+        torch.save({**pt, 'train_images': images}, tmp_path/home/'course'/'coco.pt')
+        data.append(load_data(tmp_path/home/'course'))
+    encoder = make_encoder('scene_cnn', 'random', image_size=32).freeze()
+    assert data[0].images == data[1].images and default_store_path(data[0], encoder) != default_store_path(data[1], encoder)
+    extract(data[0], encoder, tmp_path/'store.h5', quiet=True)
+    with pytest.raises(StoreError, match='have changed since'): extract(data[1], encoder, tmp_path/'store.h5', quiet=True)
+
+
+# ---- features that are given ------------------------------------------------------------------------------------
+
+@pytest.fixture
+def given_run(cs231n, tmp_path):
+    config = tiny(cs231n[0], tmp_path, encoder='given:vgg16_fc7_pca', epochs=2)
+    trainer = Trainer(config, tmp_path/'run', quiet=True).prepare()
+    trainer.fit()
+    return trainer
+
+
+def test_given_features_lie_in_an_ordinary_store(cs231n, given_run):
+    store, want = given_run.features, cs231n[1]['features']
+    assert isinstance(store, FeatureStore) and (store.grid, store.dim, store.views) == ((1, 1), 512, ('plain',))
+    assert store.ids == given_run.data.images and store.attrs['origin']['features'] == 'vgg16_fc7_pca'
+    assert np.array_equal(store.read(given_run.data.splits['dev'])[:, 0], want['val', 512].astype('float16'))
+    again = Trainer(given_run.config, given_run.run.parent/'again', quiet=True).prepare()
+    assert again.features.path == store.path
+    again.lock.release()
+
+
+def test_given_features_are_copied_in_blocks(cs231n, tmp_path, monkeypatch):
+    data, seen, real = load_data(cs231n[0]), [], ArraySource.read
+    ids = [f'{k}.jpg' for k in range(1000)]
+    source = data.features['vgg16_fc7'] = ArraySource('vgg16_fc7', (1, 8), 'float16', [(ids, lambda: nullcontext(np.ones((1000, 8), 'float32')))])
+    data.captions, data.splits, _ = {i: ['a'] for i in ids}, {'train': ids}, source.fingerprint
+    encoder = given_encoder(tiny(cs231n[0], tmp_path, encoder='given:vgg16_fc7'), data)
+    monkeypatch.setattr(ArraySource, 'read', lambda self, ids: seen.append(len(ids)) or real(self, ids))
+    store = store_given(data, encoder, tmp_path/'s.h5', quiet=True)
+    assert sum(seen) == 1000 == len(store) and max(seen) <= 256 and (store.read(ids) == 1).all()
+
+
+def test_a_run_on_given_features_goes_on_and_refuses_others(cs231n, given_run, tmp_path):
+    longer = dataclasses.replace(given_run.config, epochs=3)
+    Trainer(longer, given_run.run, quiet=True).prepare().fit()
+    path = cs231n[0]/'train2014_vgg16_fc7_pca.h5'
+    with h5py.File(path) as f: shape = f['features'].shape
+    change(path, 'features', np.ones(shape, 'float32'))
+    with pytest.raises(ConfigError, match='features: other content'): Trainer(dataclasses.replace(longer, epochs=4), given_run.run, quiet=True).prepare()
+    for half, n in (('train', shape[0]), ('val', 2)): change(cs231n[0]/f'{half}2014_vgg16_fc7_pca.h5', 'features', np.ones((n, 7), 'float32'))
+    with pytest.raises(ConfigError, match='7 numbers an image, those that the weights belong to 512'): Trainer(longer, given_run.run, quiet=True).prepare()
+
+
+def test_a_model_of_given_features_says_why_it_sees_no_photos(cs231n, given_run, tmp_path):
+    captioner = Captioner.load(given_run.checkpoints/'best', 'cpu')
+    for call in (captioner.caption, captioner.explain):
+        with pytest.raises(ValueError, match='features that came with its data set.*cannot see photos. Give it such features.*1 × 512'):
+            call(Image.new('RGB', (8, 8)))
+    features = cs231n[1]['features']['val', 512]
+    ids = given_run.data.splits['dev']
+    want = [given_run.evaluate('dev').captions[i] for i in ids]
+    assert captioner.caption(features[:, None]) == captioner.caption([torch.from_numpy(f) for f in features]) == want
+    np.save(tmp_path/'f.npy', features[0])
+    assert captioner.caption(tmp_path/'f.npy') == captioner.caption(str(tmp_path/'f.npy')) == captioner.caption(features[:1]) == want[0]
+    for bad, words in ((features[0][:9], 'shape .1, 9., but those of given:vgg16_fc7_pca are .1, 512.'), (features[0]*np.nan, 'not finite'),
+                       ([features[0], Image.new('RGB', (8, 8))], 'each kind for itself'), (np.zeros((1, 512), 'uint8'), 'array of uint8')):
+        with pytest.raises(ValueError, match=words): captioner.caption(bad)
+    np.save(tmp_path/'bad.npy', np.array([Trap(tmp_path/'harm')], object), allow_pickle=True)
+    with pytest.raises(ValueError, match='bad.npy holds no array of numbers'): captioner.caption(tmp_path/'bad.npy')
+    assert not (tmp_path/'harm').exists()
+
+
+@pytest.mark.parametrize('layout, encoder, words', [
+    ('cs231n', 'mobilenetv2_050', "nothing to look at, for this data set has features and no photos.*encoder='given:vgg16_fc7' or"),
+    ('cs231n', 'scene_cnn', 'nothing to look at'), ('cs231n', 'given', 'several.*given:vgg16_fc7 or given:vgg16_fc7_pca'),
+    ('cs231n', 'given:vgg16_fc', "did you mean 'vgg16_fc7'"), ('sat', 'given', 'brought no features along'),
+    ('eecs498', 'given:vgg16_fc7', 'brought no features along')])
+def test_which_encoder_goes_with_which_data(sets, tmp_path, layout, encoder, words):
+    with pytest.raises(ConfigError, match=words): Trainer(tiny(sets[layout], tmp_path, encoder=encoder), tmp_path/'run', quiet=True).prepare()
+
+
+@pytest.mark.parametrize('field', [dict(flip=True), dict(image_size=64), dict(pca=8), dict(finetune_from=0), dict(feature_crops=2),
+                                   dict(encoder_pool=True), dict(encoder_weights='random'), dict(crop=0.1), dict(image_store='auto')])
+def test_what_cannot_be_said_of_given_features(field, tmp_path):
+    with pytest.raises(ConfigError, match=next(iter(field))): tiny('x', tmp_path, encoder='given', **field)
+
+
+def test_features_of_a_network_may_stand_in_for_photos_that_are_not_there(scenes, sets, tmp_path):
+    encoder = prepare_encoder(tiny('x', tmp_path, **HOW['eecs498']))
+    course = load_data(sets['cs231n'])
+    extract(scenes, encoder, tmp_path/'own.h5', course.images, ('plain', 'flip'), quiet=True)
+    trainer = Trainer(tiny(sets['cs231n'], tmp_path, **HOW['eecs498'], features=str(tmp_path/'own.h5')), tmp_path/'run', quiet=True).prepare()
+    trainer.fit()
+    assert set(trainer.evaluate('dev').captions) == set(course.splits['dev'])
