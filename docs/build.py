@@ -62,7 +62,9 @@ def find_pages() -> list[Page]:
     for path in sorted((ROOT/'nbs'/'tutorials').glob('[!_.]*.ipynb')):
         pages.append(Page(path.relative_to(ROOT), f'tutorials/{path.stem}'))
     pages += [Page(Path('slurm/README.md'), 'tutorials/from_ssh_to_results')]
-    sets = sorted((ROOT/'nbs'/'data_sets').glob('[!_.]*.ipynb'), key=lambda path: (path.stem != 'index', path.stem))   # the table of all first
+    table = ROOT/'nbs'/'data_sets'/'index.ipynb'
+    linked = table.read_text('utf-8') if table.exists() else ''
+    sets = sorted(table.parent.glob('[!_.]*.ipynb'), key=lambda path: linked.find(f'({path.name})'))   # the table of all, then as it has them
     pages += [Page(path.relative_to(ROOT), f'data_sets/{path.stem}') for path in sets]
     pages += [Page(Path('CONTRIBUTING.md'), 'contributing'), Page(Path('CHANGELOG.md'), 'changelog')]
     return pages
