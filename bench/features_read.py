@@ -1,7 +1,8 @@
 """Reading features in random order: our store against one .npz an image, and against `chunks=True` with gzip.
 
 Rates are images per CPU-second (user and system), with the files in the operating system's cache: what is compared is the work of
-reading, not the disk. The last row is the memory that reading 10 times as many images takes."""
+reading, not the disk. The last row is the memory that reading 10 times as
+many images takes: what grows is the index, some 270 bytes an image of 200 kB."""
 from __future__ import annotations
 
 import random

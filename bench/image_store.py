@@ -154,7 +154,7 @@ def run(quick: bool = False) -> list[Result]:
                    versus("the tutorial's HDF5", 'images/CPU-s', 0, ours, tutorial, rounds, sizes),
                    versus('building, ImageFolder epoch', 'images/CPU-s', 0, built, lambda: jpegs(0), rounds, sizes),
                    building(data, folder, rounds)]
-        results += decoding(data, rounds) + memory(folder, max(200, n//2), 1 if quick else 3)
+        results += decoding(data, rounds) + memory(folder, 100 if quick else 1000, 1 if quick else 3)
         theirs.file.close(); store.close()
     return results
 
@@ -174,7 +174,7 @@ def decoding(data: CaptionData, rounds: int) -> list[Result]:
 def memory(folder: Path, n: int, rounds: int) -> list[Result]:
     "Memory at 10 times the photos, for reading and for building"
     for k in (1, 10):
-        make_photos(folder/f'photos{k}', k*n)
+        make_photos(folder/f'photos{k}', k*n, (160, 120))
         record = dict(views=['plain'], preprocess={})
         _create(folder/f'empty{k}.h5', ImageStore, record, (3, 256, 256), [str(i) for i in range(k*n)], [0]*k*n)   # takes no room on the disk
     def reading(k): return f'read_all({str(folder/f"empty{k}.h5")!r})'
