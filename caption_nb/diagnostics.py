@@ -11,7 +11,7 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -21,12 +21,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .basics import human_time, track
+from .basics import human_time, subplots, track
 from .batches import Batch
 from .captioner import CaptionModel, search_options
 from .checkpoints import random_state, set_random_state
 from .config import Config
-from .data import _figure
 from .decoding import generate
 from .meters import Stopwatch
 from .optimizers import load_optimizer
@@ -122,7 +121,7 @@ class Overfit:
 
     def plot(self) -> Figure:
         "The loss, with what was wanted and what a blind model reaches"
-        fig, ax = _figure(4.4, 2.4)
+        fig, ax = subplots(4.4, 2.4)
         ax.semilogy(range(1, len(self.losses) + 1), self.losses, color='black', lw=1.2)
         for y, style, name in ((self.limit, '--', 'wanted'), (self.blind, ':', 'without looking')):
             if y > 0: ax.axhline(y, color='0.4', ls=style, lw=1, label=name)
@@ -241,7 +240,7 @@ class LrCurve:
 
     def plot(self) -> Figure:
         "Loss against rate, with the suggested and the configured one"
-        fig, ax = _figure(4.8, 2.6)
+        fig, ax = subplots(4.8, 2.6)
         ax.semilogx(self.rates, self.losses, color='0.7', lw=0.8, label='each step')
         ax.semilogx(self.rates, self.smooth, color='black', lw=1.4, label='smoothed')
         for x, style, name in ((self.suggestion, '--', 'suggested'), (self.steepest, '-.', 'steepest'), (self.lr, ':', 'configured')):

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from .basics import FileLock, atomic_write, few, plural, track
+from .basics import FileLock, atomic_write, few, plural, subplots, track
 from .data import DataError
 from .encoders import Encoder, weights_sha256
 from .features import FeatureStore, StoreBusy, StoreError, differences, write_store
@@ -225,9 +225,7 @@ def fit_pca(store: FeatureStore, # Features of these images, and perhaps of othe
 def plot_explained(pca: Pca, # Of any dimension
                    ) -> Any: # A matplotlib Figure
     "The share of the variance that the first 1, 2, … D axes explain, and where `pca` stops"
-    import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(5, 2.8), dpi=72, layout='constrained')
-    plt.close(fig)   # known to notebooks, but not kept open by pyplot, which would show it twice
+    fig, ax = subplots(5, 2.8)
     share = 100*np.cumsum(pca.spectrum.double().cpu().numpy())/pca.total_variance
     ax.plot(np.arange(len(share) + 1), [0, *share], 'k-', label='first components')
     ax.plot([pca.dim]*2, [0, share[pca.dim - 1]], 'k:')

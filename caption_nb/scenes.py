@@ -18,8 +18,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from .basics import atomic_write, nearest, track
-from .data import CaptionData, DataError, _figure, load_data
+from .basics import atomic_write, nearest, subplots, track
+from .data import CaptionData, DataError, load_data
 
 # %% auto #0
 __all__ = ['COLOURS', 'FORMS', 'make_scenes', 'plot_scene', 'Grounding', 'grounding']
@@ -314,7 +314,7 @@ def plot_scene(data: CaptionData, # From `make_scenes`
     "The scene `id` of `data` with the box of each shape, and its captions beside it"
     if not data.boxes or id not in data.boxes:
         raise ValueError(f'{data.name} has no boxes for {id!r}: {nearest(id, data.boxes) if data.boxes else "only scenes have boxes"}')
-    fig, (left, right) = _figure(width, width*0.4, 1, 2, width_ratios=(1, 1.5))
+    fig, (left, right) = subplots(width, width*0.4, 1, 2, width_ratios=(1, 1.5))
     left.imshow(data.open(id))
     for s, style in zip(data.boxes[id], ('-', '--', ':')):
         x0, y0, x1, y1 = (v - .5 for v in s['box'])

@@ -9,8 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .basics import nearest
-from .data import _figure
+from .basics import nearest, subplots
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'linear_warmup', 'cosine_decay', 'step_decay', 'exponential_decay', 'one_cycle', 'noam', 'Schedule',
@@ -122,7 +121,7 @@ def plot_schedule(config: Any, # A `Config`
     schedule, shown = Schedule(config, steps, per_epoch), range(0, steps, max(1, steps//2000))
     parts = [('decoder', config.lr, config.decoder_start)]
     if config.encoder_learns: parts.append(('encoder', config.encoder_lr, config.encoder_start))
-    fig, axes = _figure(3.4*len(parts), 2.2, 1, len(parts), squeeze=False, sharex=True)
+    fig, axes = subplots(3.4*len(parts), 2.2, 1, len(parts), squeeze=False, sharex=True)
     for ax, (part, highest, start) in zip(axes[0], parts):
         ax.plot([t/per_epoch for t in shown], [highest*schedule(t, start*per_epoch) for t in shown], color='black', lw=1.2)
         ax.set(xlabel='epochs done', xlim=(0, steps/per_epoch), ylim=(0, 1.08*highest))

@@ -96,11 +96,12 @@ def values(f: dataclasses.Field):
 
 @st.composite
 def configurations(draw) -> Config:
-    "A decoder, any values of the fields that it takes, and of most others; heads and shortest captions that fit"
+    "A decoder, any values of the fields that it takes, and of most others; heads, shortest captions and views that fit"
     decoder = draw(st.sampled_from(sorted(DECODERS)))
     foreign = set(DecoderOptions.__dataclass_fields__) - set(DECODERS[decoder].options)
     made = {f.name: draw(values(f)) for f in dataclasses.fields(Config) if f.name not in foreign}
-    fits = dict(heads=1, init_state='mean', min_len=0, stage='xe', encoder='resnet18', finetune_from=2, encoder_start=0, decoder_start=0)
+    fits = dict(heads=1, init_state='mean', min_len=0, stage='xe', encoder='resnet18', finetune_from=2, encoder_start=0, decoder_start=0,
+                feature_crops=0, pca=0, pca_whiten=False)
     return Config.from_dict(made | {n: v for n, v in fits.items() if n in made} | dict(decoder=decoder, data="it's a folder/ö", name='x y'))
 
 

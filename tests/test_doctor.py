@@ -5,6 +5,7 @@ import json
 import shutil
 from contextlib import nullcontext
 from itertools import permutations
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -17,7 +18,7 @@ from caption_nb import doctor
 from caption_nb.array_layouts import ArraySource
 from caption_nb.cli import main
 from caption_nb.config import Config
-from caption_nb.data import CaptionData, load_data
+from caption_nb.data import CaptionData, DataError, load_data
 from caption_nb.doctor import Finding, Report, caption_faults, examine, mend_encoding, requirement_faults, vocabulary_words
 from caption_nb.features import extract
 from caption_nb.lookalikes import LIMIT, WORDS, distance, likeness, look_at, mirrored, near_pairs, photo_hash
@@ -333,6 +334,43 @@ def test_features_without_photos():
     assert any('NaN' in f.what and f.where == ['4'] for f in report.findings)
     assert not [f for f in report.findings if 'could not' in f.what], report
     assert 'a step' in report.costs
+
+
+def test_given_features_beside_photos(data):
+    "What is trained on is measured, and the photos are looked at all the same; a wrong name is told as a run would tell it"
+    rows = np.random.default_rng(0).normal(size=(len(data.images), 1, 8)).astype(np.float16)
+    both = dataclasses.replace(data, features=dict(fc7=ArraySource('fc7', (1, 8), 'float16', [(data.images, lambda: nullcontext(rows))])))
+    report = examine(both, config=dataclasses.replace(TINY, encoder='given'), budget=3, workers=1, quiet=True)
+    assert not [f for f in report.findings if 'could not' in f.what], report
+    assert 'a step' in report.costs and 'encoding' not in report.costs['a run'] and any(f.part == 'photos' for f in report.findings)
+    wrong = examine(both, config=dataclasses.replace(TINY, encoder='given:fc6'), quick=True, quiet=True)
+    assert any(f.part == 'encoder' and "did you mean 'fc7'" in f.what for f in wrong.findings)
+
+
+@pytest.mark.parametrize('changes, rows', [({}, 'photos in 1 view by'), (dict(flip=True, feature_crops=2), 'photos in 6 views by'),
+                                           (dict(pca=8), 'before and after the PCA, take')])
+def test_room_for_features(data, monkeypatch, changes, rows):
+    "Of all views that a run wants, and of what a PCA leaves beside what it starts from"
+    config = dataclasses.replace(TINY, **changes)
+    encoder = prepare_encoder(config)
+    need = 2*len(data.images)*(6 if 'flip' in changes else 1)*encoder.grid[0]*encoder.grid[1]*(encoder.dim + config.pca)
+    for free, level in ((need, 'ok'), (need - 1, 'fault')):
+        monkeypatch.setattr(shutil, 'disk_usage', lambda path: SimpleNamespace(free=free, total=free, used=0))
+        found = [f for f in quick(data, config=config).findings if f.part == 'disk' and 'features of' in f.what]
+        assert [f.level for f in found] == [level] and rows in found[0].what
+
+
+def test_slurm_beside_is_no_complaint(tmp_path, monkeypatch):
+    (tmp_path/'sbatch').write_text('#!/bin/sh\n')
+    (tmp_path/'sbatch').chmod(0o755)
+    monkeypatch.setenv('PATH', str(tmp_path), prepend=':')
+    monkeypatch.delenv('SLURM_JOB_ID', raising=False)
+    assert [f.level for f in examine(quiet=True, quick=True).findings if 'SLURM' in f.what] == ['ok']
+
+
+def test_a_row_that_cannot_be_read_is_no_matter_of_colours():
+    def damaged(): raise DataError("photos of '3' cannot be read (gone); copy the file again")
+    assert look_at(damaged).problem == "unreadable: photos of '3' cannot be read (gone); copy the file again"
 
 
 # ---- the command, real photos

@@ -18,10 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nbformat.v4 import new_code_cell, new_notebook
 
-from caption_nb import jobs, runs, slurm
+from caption_nb import jobs, runs, slurm, training
+from caption_nb.array_layouts import ArraySource
 from caption_nb.basics import FileLock
-from caption_nb.config import Config
-from caption_nb.jobs import (JobError, Step, changed_fields, close_attempts, next_code, progress, read_job, stage_features, step_done,
+from caption_nb.config import Config, ConfigError
+from caption_nb.data import CaptionData
+from caption_nb.jobs import (JobError, Step, changed_fields, close_attempts, extract_features, next_code, progress, read_job, stage_features, step_done,
                              write_job)
 from caption_nb.runs import Run, execute, experiment, open_attempts
 
@@ -516,6 +518,16 @@ def test_extract_and_stage(tmp_path, monkeypatch):
     printed = nbformat.read(tmp_path/'run-1'/'run.ipynb', 4).cells[-1].outputs[0].text.strip()
     assert printed.startswith(str(tmp_path/'node')) and Path(printed).is_file()
     assert json.loads((tmp_path/'run-1'/'config.json').read_text())['features'] == '' and not (tmp_path/'run-1'/'.features.json').exists()
+
+
+def test_extraction_of_what_has_no_photos_fetches_no_weights(tmp_path, monkeypatch):
+    "Features that came with the data need no network: that is said before one is brought here"
+    data = CaptionData('course', None, {'a': ['a dog'], 'b': ['a cat']}, dict(train=['a'], dev=['b']),
+                       features=dict(fc7=ArraySource('fc7', (1, 8), 'float16', [])))
+    monkeypatch.setattr(training, 'prepare_data', lambda config: data)
+    monkeypatch.setattr(training, 'make_encoder', lambda *args, **kwargs: pytest.fail('weights would be fetched'))
+    (tmp_path/'config.json').write_text(Config(data='course').to_json())
+    with pytest.raises(ConfigError, match="encoder='given:fc7'"): extract_features(tmp_path/'out.json', [tmp_path])
 
 
 # what comes next
