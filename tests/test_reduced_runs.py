@@ -11,7 +11,7 @@ import torch
 from caption_nb import pca, training
 from caption_nb.basics import read_json_lines
 from caption_nb.captioner import Captioner, load_encoder
-from caption_nb.config import Config, ConfigError, follow_up
+from caption_nb.config import LATER_FIELDS, Config, ConfigError, follow_up
 from caption_nb.encoders import Encoder
 from caption_nb.features import FeatureStore, StoreError, extract, view_names
 from caption_nb.pca import ProjectedEncoder, ids_fingerprint, pca_spec, stored_pca
@@ -91,11 +91,12 @@ def test_other_features_are_refused_when_resuming(done, tmp_path, changes):
 def test_run_from_before_there_were_these_fields_goes_on(cache, tmp_path, monkeypatch):
     config = tiny(cache, pca=0, feature_crops=0, epochs=1)
     real = Config.to_dict
-    def old(self): return {n: v for n, v in real(self).items() if n not in ('pca', 'pca_whiten', 'feature_crops')}
+    def old(self): return {n: v for n, v in real(self).items() if n not in LATER_FIELDS}
     with monkeypatch.context() as m:
         m.setattr(Config, 'to_dict', old)
         Trainer(config, tmp_path/'run', quiet=True).fit()
-    assert 'pca' not in json.loads((tmp_path/'run'/'config.json').read_text())
+    assert not LATER_FIELDS & set(json.loads((tmp_path/'run'/'config.json').read_text()))
+    assert Config.load(tmp_path/'run'/'config.json') == config
     assert Trainer(dataclasses.replace(config, epochs=2), tmp_path/'run', quiet=True).fit()[-1]['epoch'] == 2
 
 

@@ -21,10 +21,10 @@ import caption_nb.training as training
 from caption_nb.basics import read_json_lines
 from caption_nb.batches import pack_captions
 from caption_nb.captioner import Captioner, load_model
-from caption_nb.checkpoints import CHECKPOINT_FILES, CheckpointError, RunBusy, checkpoint_step, generations
+from caption_nb.checkpoints import CHECKPOINT_FILES, CheckpointError, RunBusy, checkpoint_step, find_checkpoint, generations
 from caption_nb.config import Config, ConfigError
 from caption_nb.ranks import choose_device
-from caption_nb.training import Trainer, main
+from caption_nb.training import Trainer, main, prepare_encoder
 
 
 @pytest.fixture(scope='module')
@@ -314,6 +314,31 @@ def test_features_named_in_the_configuration(frozen, cache, tmp_path):
         Trainer(dataclasses.replace(c, features=str(path), encoder_mean='0.5'), tmp_path/'b', quiet=True).prepare()
     with pytest.raises(ValueError, match='lacks .* images'):
         Trainer(dataclasses.replace(c, features=str(path), num_images=30), tmp_path/'c', quiet=True).prepare()
+
+
+def test_padded_photos(frozen, cache, tmp_path):
+    "What the run says of wide photos is in its store and its checkpoint, and goes for new photos and for the runs that follow"
+    photos = tmp_path/'data'/'images'
+    photos.mkdir(parents=True)
+    for id in frozen.data.images: frozen.data.open(id).resize((96, 40)).save(photos/Path(id).name)
+    lines = [f'{Path(id).name},"{text}"\n' for id, texts in frozen.data.captions.items() for text in texts]
+    (tmp_path/'data'/'captions.txt').write_text('image,caption\n' + ''.join(lines))
+    config = dataclasses.replace(frozen.config, data=str(tmp_path/'data'), num_images=0, image_size=64, flip=False, encoder_resize='pad')
+    trainer = Trainer(config, tmp_path/'run', quiet=True)
+    trainer.fit()
+    data, ids = trainer.data, trainer.data.ids('dev')
+    assert json.loads((trainer.checkpoints/'best'/'preprocess.json').read_text())['resize'] == trainer.features.attrs['encoder']['resize'] == 'pad'
+    captioner = Captioner.load(tmp_path/'run', 'cpu')
+    rows = captioner.model.encoder.encode_batch(torch.stack([captioner.model.encoder.transform(data.open(id)) for id in ids]), 'fp32')
+    assert np.allclose(rows, trainer.features.read(ids), atol=1e-2)
+    cropped = prepare_encoder(dataclasses.replace(config, encoder_resize=''))
+    assert not np.allclose(rows, cropped.encode_batch(torch.stack([cropped.transform(data.open(id)) for id in ids]), 'fp32'), atol=0.1)
+    with pytest.raises(ConfigError, match="cannot be continued.*encoder_resize: 'pad' then, 'crop' now"):
+        Trainer(dataclasses.replace(config, encoder_resize='crop'), tmp_path/'run', quiet=True).prepare()
+    best = find_checkpoint(tmp_path/'run')
+    assert prepare_encoder(dataclasses.replace(config, encoder_resize=''), best).preprocess.resize == 'pad'
+    with pytest.raises(ConfigError, match="encoder_resize='squash': the weights in .* brought to their size with pad; leave it out"):
+        prepare_encoder(dataclasses.replace(config, encoder_resize='squash'), best)
 
 
 def test_frozen_encoder_is_written_once_a_run(frozen, tmp_path):
