@@ -643,9 +643,9 @@ def test_the_layout_is_seen(cs231n, sat, pt, tmp_path):
     for path, name in ((cs231n[0], 'cs231n'), (cs231n[0]/'coco2014_captions.h5', 'cs231n'), (sat, 'sat'), (sat/MAP, 'sat'),
                        (tmp_path/'e', 'eecs498'), (tmp_path/'e'/'coco.pt', 'eecs498')):
         assert array_layout(path)[0] == name and read_arrays(path).layout == read_arrays(path, name).layout == name
-    assert array_layout(tmp_path) is None and array_layout(tmp_path/'nothing') is None
+    assert array_layout(tmp_path, below=False) is None and array_layout(tmp_path/'nothing') is None
     with pytest.raises(FileNotFoundError, match="of layout 'sat'"): read_arrays(cs231n[0], 'sat')
-    with pytest.raises(FileNotFoundError, match='looked for'): read_arrays(tmp_path)
+    with pytest.raises(FileNotFoundError, match='looked for'): read_arrays(tmp_path/'e', 'sat')
     with pytest.raises(ValueError, match='did you mean'): read_arrays(sat, 'cs231')
     assert set(ARRAY_LAYOUTS) == {'cs231n', 'eecs498', 'sat'}
 
@@ -853,3 +853,42 @@ def test_features_of_a_network_may_stand_in_for_photos_that_are_not_there(scenes
     trainer = Trainer(tiny(sets['cs231n'], tmp_path, **HOW['eecs498'], features=str(tmp_path/'own.h5')), tmp_path/'run', quiet=True).prepare()
     trainer.fit()
     assert set(trainer.evaluate('dev').captions) == set(course.splits['dev'])
+
+
+def test_a_folder_below_and_any_of_its_files(cs231n, tmp_path):
+    "coco_captioning.zip unpacks to a folder"
+    want = load_data(cs231n[0])
+    for path in (tmp_path, cs231n[0]/'coco2014_vocab.json', cs231n[0]/'train2014_urls.txt'):
+        found = load_data(path)
+        assert found.layout == 'cs231n' and found.captions == want.captions and found.splits == want.splits
+    assert load_data(tmp_path, 'cs231n').captions == want.captions
+    shutil.copytree(cs231n[0], tmp_path/'again')
+    with pytest.raises(DataError, match='holds several data sets of arrays: again, coco_captioning; name one'): load_data(tmp_path)
+
+
+def test_captions_as_text_come_before_arrays_in_a_folder_below(scenes, sat, tmp_path):
+    data = tmp_path/'flickr'
+    shutil.copytree(scenes.root.parent, data)
+    shutil.copytree(sat, data/'prepared')
+    assert load_data(data).layout == 'scenes' and load_data(data/'prepared').layout == 'sat'
+
+
+def test_files_that_are_nearly_called_as_they_should_be_are_told(cs231n, sat):
+    (cs231n[0]/'val2014_urls.txt').rename(cs231n[0]/'val2014_url.txt')
+    assert 'val2014_url.txt is not read: did you mean val2014_urls.txt? Rename it' in read_cs231n(cs231n[0]).parsed.notes
+    assert not read_sat(sat).parsed.notes
+    for p in list(sat.glob('VAL_*')): p.rename(p.with_name(f'VALID_{p.name[4:]}'))
+    notes = read_sat(sat).parsed.notes
+    assert len(notes) == 4 and any(n.startswith('VALID_IMAGES_') and 'did you mean VAL_IMAGES_' in n for n in notes)
+
+
+def test_the_files_of_another_set_are_no_misspelling(sat):
+    for p in list(sat.iterdir()): shutil.copy(p, p.with_name(f'{p.stem}2{p.suffix}'))
+    for p in sat.glob('VAL_*_scenes.*'): p.unlink()
+    assert read_sat(sat, 'scenes').parsed.notes == []
+
+
+def test_check_of_captions_without_anything_to_see(cs231n):
+    for p in cs231n[0].glob('*_vgg16_*'): p.unlink()
+    remarks = check(load_data(cs231n[0]), quiet=True).remarks
+    assert not remarks.keys() & {'features, and no photos', 'the same photo under several names'}

@@ -363,3 +363,13 @@ def test_interrupted_then_resumed(tmp_path):
     assert (run/'attempt-1.ipynb').is_file() and (run/'attempt-2.ipynb').is_file() and len(list(run.parent.iterdir())) == 1
     logged = [row['step'] for row in again.metrics if 'loss' in row]
     assert logged == sorted(set(logged)), 'steps were lost or repeated'
+
+
+@pytest.mark.parametrize('words', ['--help', '--version', 'download', 'presets', 'train --help'])
+def test_a_reader_that_leaves_is_no_error(words, tmp_path):
+    "caption-nb --help | head -1"
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, 'wb') as out:
+        done = subprocess.run([sys.executable, '-m', 'caption_nb.cli', *words.split()], cwd=tmp_path, env=ENV, stdout=out, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0 and done.stderr == ''

@@ -15,7 +15,7 @@ from PIL import Image
 import caption_nb.convert as module
 from caption_nb.array_layouts import ARRAY_LAYOUTS, read_arrays
 from caption_nb.cli import main
-from caption_nb.convert import FORMS, convert, differences, open_source, place_photos, plan, write_data
+from caption_nb.convert import FORMS, convert, data_differences, open_source, place_photos, plan, write_data
 from caption_nb.data import CaptionData, check, load_data
 from caption_nb.layouts import LAYOUTS, DataError, find_captions
 from caption_nb.scenes import make_scenes
@@ -215,11 +215,11 @@ def test_what_is_lost_is_said_before(scenes, tmp_path, name):
 
 def test_differences_are_named():
     data = CaptionData('x', Path('.'), {'a.jpg': ['one', 'two'], 'b.jpg': ['three']}, {'train': ['a.jpg'], 'dev': ['b.jpg']})
-    assert differences(data, data) == []
-    assert differences(data, replace(data, captions={'a.jpg': ['one'], 'b.jpg': ['three']})) == ['1 caption left out: more than an image may have, or too long']
-    assert differences(data, replace(data, splits={'train': ['a.jpg', 'b.jpg']})) == ["the split of 1 image: 'b.jpg'"]
-    assert "1 caption changed: one of b.jpg was 'three' and is 'four'" in differences(data, replace(data, captions={**data.captions, 'b.jpg': ['four']}))
-    assert differences(data, replace(data, captions={'a.jpg': ['one', 'two'], 'x.jpg': ['three']}, splits={'train': ['a.jpg'], 'dev': ['x.jpg']}),
+    assert data_differences(data, data) == []
+    assert data_differences(data, replace(data, captions={'a.jpg': ['one'], 'b.jpg': ['three']})) == ['1 caption left out: more than an image may have, or too long']
+    assert data_differences(data, replace(data, splits={'train': ['a.jpg', 'b.jpg']})) == ["the split of 1 image: 'b.jpg'"]
+    assert "1 caption changed: one of b.jpg was 'three' and is 'four'" in data_differences(data, replace(data, captions={**data.captions, 'b.jpg': ['four']}))
+    assert data_differences(data, replace(data, captions={'a.jpg': ['one', 'two'], 'x.jpg': ['three']}, splits={'train': ['a.jpg'], 'dev': ['x.jpg']}),
                        {'b.jpg': 'x.jpg'}) == ['1 name of images: b.jpg is called x.jpg']
 
 
@@ -279,7 +279,7 @@ def test_an_interrupted_conversion_goes_on(scenes, tmp_path, monkeypatch, photos
 
 def test_an_interrupted_array_is_not_taken_for_whole(scenes, tmp_path, monkeypatch):
     def breaks(*_): raise OSError('disk full')
-    monkeypatch.setattr(module, '_square', breaks)
+    monkeypatch.setattr(module, 'squeezed', breaks)
     for name in ('sat', 'eecs498'):
         with pytest.raises(OSError, match='disk full'): write_data(scenes, tmp_path/name, name, lossy=True, size=8, quiet=True)
         assert [p.name for p in (tmp_path/name).iterdir()] == ['conversion.json']

@@ -692,3 +692,13 @@ def test_command(web, tmp_path, capsys, monkeypatch):
     assert 'Yours.' in out and 'toy is in data/toy: 11 files' in out and verify('toy', quiet=True) == []
     assert cli.main(['download', 'toy', '--verify-only']) == 0 and cli.main(['download', 'toy']) == 0
     assert 'already' in capsys.readouterr().out and len(web.asked) == 1
+
+
+def test_an_archive_that_does_not_unpack_is_not_what_is_expected_next_time(web, tmp_path):
+    "Without a published checksum, half a file brought by hand must not make the whole one wrong"
+    sources, hand = toy(remote(web, checksum='', size=0)), tmp_path/'hand'
+    hand.mkdir()
+    (hand/'good.zip').write_bytes(GOOD[:len(GOOD)//2])
+    with pytest.raises(DownloadError, match='is damaged'): bring(tmp_path/'data', sources, from_folder=hand)
+    (hand/'good.zip').write_bytes(GOOD)
+    assert (bring(tmp_path/'data', sources, from_folder=hand)/'photos').is_dir()

@@ -473,3 +473,120 @@ def test_reading_is_light():
     code = 'import sys, caption_nb.layouts; print([m for m in ("pyarrow", "pandas", "numpy", "torch", "PIL") if m in sys.modules])'
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env=dict(os.environ))
     assert done.stdout.strip() == '[]'
+
+
+# ---- data sets as people have them ------------------------------------------------------------------------------------
+
+def hub_folders(root, data):
+    "As a hub converts data sets to Parquet: a folder for each split, files by number"
+    need('pyarrow', find_spec('pyarrow') is not None, 'no pyarrow, which reads Parquet')
+    parquet(root, data)
+    for p in sorted((root/'data').iterdir()):
+        split, number = p.name.split('-')[:2]
+        (root/split).mkdir(exist_ok=True)
+        p.rename(root/split/f'{int(number):04}.parquet')
+    (root/'data').rmdir()
+
+
+def test_numbered_parquet_in_folders_of_splits(scenes, tmp_path):
+    hub_folders(tmp_path, scenes)
+    data = load_data(tmp_path)
+    assert data.layout == 'parquet' and {s: set(ids) for s, ids in data.splits.items()} == {s: set(ids) for s, ids in scenes.splits.items()}
+    assert data.captions == scenes.captions
+    assert load_data(tmp_path/'val'/'0001.parquet').splits == data.splits   # whichever is named
+
+
+def test_one_folder_called_test_may_just_be_a_test(scenes, tmp_path):
+    kaggle(tmp_path/'test', scenes)
+    assert load_data(tmp_path/'test').splits.keys() == {'train', 'dev', 'test'}
+
+
+def test_shards_with_a_hash_and_a_shard_that_is_missing(scenes, tmp_path):
+    parquet(tmp_path, scenes)
+    for k, p in enumerate(sorted((tmp_path/'data').iterdir())): p.rename(p.with_name(f'{p.stem}-{k:016x}.parquet'))
+    assert len(load_data(tmp_path).splits['train']) == len(scenes.splits['train'])
+    next((tmp_path/'data').glob('train-00001*')).unlink()
+    with pytest.raises(DataError, match="data: 1 of 2 files of 'train' missing: train-00001-of-00002; download or copy"): load_data(tmp_path)
+
+
+@pytest.mark.parametrize('write,part', [(metadata_folders, 'val/metadata.jsonl'), (kaggle_parts, 'val.csv')], ids=['folders', 'files'])
+def test_a_part_without_a_row(scenes, tmp_path, write, part):
+    write(tmp_path, scenes)
+    path = next(p for p in tmp_path.rglob('*') if p.as_posix().endswith(part))
+    path.write_text('' if path.suffix == '.jsonl' else path.read_text().split('\n')[0])
+    with pytest.raises(DataError, match=f'{path.name}: no row in it, and it is all of a split'): load_data(tmp_path)
+
+
+def test_what_plainly_is_a_part_and_is_not_read_is_told(scenes, tmp_path):
+    metadata_folders(tmp_path/'a', scenes)
+    (tmp_path/'a'/'val').rename(tmp_path/'a'/'vaildation')
+    assert load_data(tmp_path/'a').notes == ["vaildation/ is not read: did you mean 'validation'? Rename the folder"]
+    (tmp_path/'a'/'test'/'metadata.jsonl').unlink()
+    assert load_data(tmp_path/'a').notes[0] == 'test/ is not read: no metadata.jsonl is in it'
+    folder = tmp_path/'b'
+    photos(folder/'Images', scenes)
+    for name, ids in (('train.csv', 'train'), ('vall.csv', 'dev'), ('test.tsv', 'test')):
+        table(folder/name, ('image', 'caption'), [(i, c) for i, _, c in rows_of(scenes, scenes.splits[ids])], '\t' if name.endswith('tsv') else ',')
+    notes = load_data(folder/'train.csv').notes
+    assert len(notes) == 2 and notes[0].startswith('test.tsv is not read: train.csv is of another kind')
+    assert notes[1] == "vall.csv is not read: did you mean 'val'? Rename it"
+    coco(tmp_path/'c', scenes)
+    (tmp_path/'c'/'annotations'/'captions_val2014.json').rename(tmp_path/'c'/'annotations'/'val_captions.json')
+    assert load_data(tmp_path/'c').notes == ['val_captions.json is not read: names of this layout are like captions_train2014.json, '
+                                             'captions_val2014.json']
+    for data in (load_data(tmp_path/'a'), load_data(tmp_path/'c')): assert check(data, quiet=True).remarks['put right while reading'] == data.notes
+
+
+def test_of_karpathys_files_that_whose_photos_are_there(scenes, tmp_path):
+    "karpathy-splits unpacked into a folder of COCO, or of Flickr8k"
+    coco(tmp_path, scenes)
+    of = {i: THEIRS[s] for s, ids in scenes.splits.items() for i in ids}
+    def write(name, prefix, below):
+        images = [dict(**({'filepath': f'{of[i]}2014'} if below else {}), sentids=[], filename=prefix + i, split=of[i],
+                       sentences=[dict(raw=c) for c in scenes.captions[i]]) for i in scenes.images]
+        (tmp_path/name).write_text(json.dumps(dict(images=images)))
+    write('dataset_coco.json', '', True); write('dataset_flickr8k.json', 'a', False); write('dataset_flickr30k.json', 'b', False)
+    data = load_data(tmp_path)
+    assert data.layout == 'karpathy' and len(data.images) == 20 and data.images[0].endswith(f'2014/{scenes.images[0]}')
+    assert data.notes == ['dataset_coco.json is read, whose photos are there, and not dataset_flickr30k.json, dataset_flickr8k.json beside it']
+    with pytest.raises(DataError, match='photos of none of them are there; name one'):
+        find_captions(tmp_path, images=tmp_path/'annotations')
+    photos(tmp_path/'flickr', scenes)
+    for p in list((tmp_path/'flickr').iterdir()): p.rename(p.with_name(f'a{p.name}'))
+    with pytest.raises(DataError, match='and photos of dataset_coco.json, dataset_flickr8k.json are there; name one'): load_data(tmp_path)
+    data = load_data(tmp_path, images=tmp_path/'flickr')
+    assert data.notes[0].startswith('dataset_flickr8k.json is read') and data.root == tmp_path/'flickr'
+
+
+def test_captions_and_photos_two_folders_down(scenes, tmp_path):
+    flickr8k_tokens(tmp_path/'archive'/'Flickr8k', scenes)
+    assert len(load_data(tmp_path).images) == 20
+
+
+def test_names_that_nearly_are_those_of_files(scenes, tmp_path):
+    coco(tmp_path/'c', scenes)
+    (tmp_path/'c'/'train2014').rename(tmp_path/'c'/'Train2014')
+    with pytest.raises(FileNotFoundError, match=r'\(Train2014 differs in case\): train2014/'): load_data(tmp_path/'c')
+    photos(tmp_path/'d'/'Images', scenes)
+    shutil.copy(scenes.path(scenes.images[0]), tmp_path/'d'/'Images'/'e\u0301.png')   # as macOS packs it
+    table(tmp_path/'d'/'captions.csv', ('image', 'caption'), [*((i, 'A dog') for i in scenes.images), ('\u00e9.png', 'A cat')])
+    with pytest.raises(FileNotFoundError, match='differs in how its accents are stored'): load_data(tmp_path/'d')
+
+
+def test_a_folder_that_nobody_may_list_is_passed_over(scenes, tmp_path, monkeypatch):
+    kaggle(tmp_path, scenes)
+    (tmp_path/'lost+found').mkdir()
+    scandir = os.scandir
+    def refused(path):
+        if Path(path).name == 'lost+found': raise PermissionError(13, 'Permission denied', str(path))
+        return scandir(path)
+    monkeypatch.setattr(os, 'scandir', refused)
+    assert len(load_data(tmp_path).images) == 20
+
+
+def test_one_split_is_not_taken_for_all(scenes, tmp_path):
+    "test/ is the first of them, and its file has a name of its own"
+    metadata_folders(tmp_path, scenes)
+    (tmp_path/'test'/'metadata.jsonl').rename(tmp_path/'test'/'meta.jsonl')
+    with pytest.raises(DataError, match=r'test/meta.jsonl and train/metadata.jsonl seem to be splits of one data set: give them one name'):
+        load_data(tmp_path)
