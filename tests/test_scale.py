@@ -36,17 +36,17 @@ def test_images_in_several_splits(splits):
     where = {}
     for s, ids in splits.items():
         for i in ids: where.setdefault(i, []).append(s)
-    got = d._several_splits(splits)
+    got = d.in_several_splits(splits)
     assert got == {i: s for i, s in where.items() if len(s) > 1}
     assert list(got) == [i for i in where if i in got]   # in the order in which they are met
 
 
 @given(st.lists(st.text(), unique=True, min_size=3), st.integers(0, 5), st.sampled_from([0.1, 0.3]), st.sampled_from([0, 0.2]))
 def test_random_splits_are_a_cut_of_the_order_by_hash(ids, seed, dev, test):
-    order, n = d._by_hash(ids, seed), max(1, round(dev*len(ids)))
+    order, n = d.order_by_hash(ids, seed), max(1, round(dev*len(ids)))
     m = max(1, round(test*len(ids))) if test else 0
     want = {'train': order[n + m:], 'dev': order[:n], **({'test': order[n:n + m]} if test else {})}
-    assert d._random_splits(ids, seed, dev, test) == {s: sorted(own, key=ids.index) for s, own in want.items()}
+    assert d.random_splits(ids, seed, dev, test) == {s: sorted(own, key=ids.index) for s, own in want.items()}
 
 
 @given(st.lists(st.text('abc -'), max_size=30), st.lists(st.text('abcd -'), max_size=30))
