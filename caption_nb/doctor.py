@@ -42,7 +42,7 @@ from .basics import atomic_write, few, human_time, plural, prefetch, subplots, t
 from .batches import Batch, CaptionBatches, ImageSource
 from .captioner import CaptionModel
 from .config import Config, make_decoder
-from .data import CaptionData, order_by_hash, _check_captions, _check_splits, load_data
+from .data import CaptionData, _check_captions, _check_splits, load_data, order_by_hash
 from .encoders import Encoder
 from .features import FeatureStore, Store, StoreError, other_images, differences, open_photos, processors, view_names
 from .images import ImageStore
