@@ -7,7 +7,7 @@ __all__ = ['PROGRESS', 'COUNTED', 'default_cache', 'prepare_data', 'prepare_enco
            'prepare_features', 'prepare_pixels', 'Machine', 'autocast', 'time_step', 'choose_machine', 'Trainer',
            'count_targets', 'memory_hint', 'give_back_memory', 'Interrupted', 'demo_config', 'main']
 
-# %% ../nbs/60_training.ipynb #c3922fca
+# %% ../nbs/60_training.ipynb #9cced3b4
 import copy
 import ctypes
 import hashlib
@@ -32,7 +32,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-# %% ../nbs/60_training.ipynb #f1a6bdef
+# %% ../nbs/60_training.ipynb #a5526900
 from .basics import atomic_write, nearest, track
 from .batches import Batch, CaptionBatches, ImageSource
 from .captioner import (Captioner, CaptionModel, Evaluation, TeacherForced, attention_maps, caption_images, description,
@@ -59,7 +59,7 @@ from .scst import SelfCritical
 from .text import Vocab, tokenize_all
 from .vectors import WordVectors, read_vectors
 
-# %% ../nbs/60_training.ipynb #bd701c37
+# %% ../nbs/60_training.ipynb #4456d2f8
 def default_cache(config: Config | None = None) -> Path:
     "Where features, decoded photos and drawn scenes are kept"
     if config and config.cache_dir: return Path(config.cache_dir).expanduser()
@@ -104,7 +104,7 @@ def prepare_encoder(config: Config,
     if c.finetune_from >= 0: return encoder.finetune(c.finetune_from)
     return encoder if c.encoder_learns else encoder.freeze()
 
-# %% ../nbs/60_training.ipynb #a2e14ca1
+# %% ../nbs/60_training.ipynb #15ffbe12
 def given_encoder(config: Config, data: CaptionData) -> GivenFeatures:
     "What stands for the encoder of the features that `data` brought along, those that `config` names"
     kind, known = config.encoder.partition(':')[2], data.features
@@ -116,7 +116,7 @@ def given_encoder(config: Config, data: CaptionData) -> GivenFeatures:
     kind = kind or next(iter(known))
     return GivenFeatures(kind, known[kind].shape[-1])
 
-# %% ../nbs/60_training.ipynb #4b007c37
+# %% ../nbs/60_training.ipynb #dd0f5f54
 def checked_store(path: Path, data: CaptionData, encoder: Encoder, ids: Sequence[str], views: Sequence[str]) -> FeatureStore:
     "The store at `path`, refused unless it has the `views` of all `ids` by this `encoder`; it may hold more"
     store = FeatureStore(path, expect=dict(encoder=encoder.spec))
@@ -139,7 +139,7 @@ def _once(make: Callable[..., Store], *what, quiet: bool, **options) -> Store:
         waiting = True
         time.sleep(1)
 
-# %% ../nbs/60_training.ipynb #1a44feb4
+# %% ../nbs/60_training.ipynb #34f97f32
 def prepare_features(config: Config, # Fields of the encoder group
                      data: CaptionData, # Its train images are those that a PCA is fitted on
                      encoder: Encoder, # With a PCA already, if it is a checkpoint's
@@ -163,7 +163,7 @@ def prepare_features(config: Config, # Fields of the encoder group
     else: store = _once(extract, data, whole, path, views=views, quiet=quiet)
     return _once(reduced_store, store, data.ids('train'), c.pca, small, c.pca_whiten, pca, quiet=quiet) if c.pca else store
 
-# %% ../nbs/60_training.ipynb #c4c34dc5
+# %% ../nbs/60_training.ipynb #69644afc
 def _prepare_given(c: Config, data: CaptionData, encoder: GivenFeatures, ids: Sequence[str], quiet: bool) -> FeatureStore:
     "The features that `data` brought along, in a store"
     there = given_encoder(replace(c, encoder=encoder.name), data)
@@ -195,7 +195,7 @@ def prepare_pixels(config: Config, data: CaptionData, encoder: Encoder, quiet: b
     if config.image_store == 'auto': path = default_image_store(data, encoder.preprocess, default_cache(config)/'images')
     return _once(store_images, data, encoder.preprocess, path, ids, quiet=quiet)
 
-# %% ../nbs/60_training.ipynb #7d60060e
+# %% ../nbs/60_training.ipynb #454783b4
 @dataclass
 class Machine:
     "How steps are computed, and how long a step took in each of the ways tried"
@@ -224,7 +224,7 @@ def time_step(model: CaptionModel, # Trained on nothing: gradients are thrown aw
         model.zero_grad(set_to_none=True)
     return min(times[1:])
 
-# %% ../nbs/60_training.ipynb #c47a8666
+# %% ../nbs/60_training.ipynb #a7ac6de1
 def choose_machine(config: Config, # `threads` and `precision`: what it fixes is not measured
                    model: CaptionModel, # Not changed
                    batch: Batch, # A typical one, on the model's device
@@ -253,7 +253,7 @@ def choose_machine(config: Config, # `threads` and `precision`: what it fixes is
     finally: torch.set_num_threads(most)
     return Machine(best[1], best[2], seconds)
 
-# %% ../nbs/60_training.ipynb #c8679d01
+# %% ../nbs/60_training.ipynb #44cbad19
 PROGRESS = ('step', 'epoch', 'seconds', 'best', 'best_epoch', 'bad', 'stalled', 'scale', 'stopped')   # of a run, kept in its checkpoints
 
 
@@ -292,7 +292,7 @@ class Trainer:
         "Steps in all"
         return self.config.epochs*self.per_epoch
 
-# %% ../nbs/60_training.ipynb #6136f201
+# %% ../nbs/60_training.ipynb #1eb863fa
 @patch
 def prepare(self: Trainer) -> Trainer:
     "Data, vocabulary, encoder, features, model, optimiser; and the state of the last sound checkpoint, if there is one"
@@ -337,7 +337,7 @@ def _one_after_the_other(self: Trainer) -> Iterator[None]:
     yield
     if self.ranks.main: self.ranks.barrier()
 
-# %% ../nbs/60_training.ipynb #6250003e
+# %% ../nbs/60_training.ipynb #54c1b80d
 @patch
 def _prepare_sources(self: Trainer, encoder: Encoder, epoch: int) -> Encoder: # With the PCA of the features, if they have one
     "Features as long as the encoder does not learn, pixels from then on"
@@ -383,7 +383,7 @@ def _read_vectors(self: Trainer) -> WordVectors:
     counts = Counter(word for words in tokenize_all(self.data.train_captions(), c.tokenizer) for word in words)
     return read_vectors(c.word_vectors, self.vocab.words, counts, c.seed, self.quiet)
 
-# %% ../nbs/60_training.ipynb #26d64eab
+# %% ../nbs/60_training.ipynb #82e330d9
 @patch
 def _prepare_batches(self: Trainer):
     c, ranks = self.config, self.ranks
@@ -424,7 +424,7 @@ def _enter_epoch(self: Trainer):
     self.batches.set_epoch(self.epoch)
     self.model.train()
 
-# %% ../nbs/60_training.ipynb #8b499ded
+# %% ../nbs/60_training.ipynb #65aedb98
 @patch
 def state(self: Trainer) -> dict:
     "All that resuming needs besides the weights, as numbers, text and tensors"
@@ -442,7 +442,7 @@ def _fingerprints(self: Trainer) -> dict[str, str]:
     digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
     return dict(data=self.data.fingerprint, vocab=self.vocab.fingerprint, features=digest)
 
-# %% ../nbs/60_training.ipynb #1d2c3019
+# %% ../nbs/60_training.ipynb #9dd45b1f
 @patch
 def save(self: Trainer, name: str, # 'last' or 'best'
          wait: bool = False, # Until it is on the disk
@@ -477,7 +477,7 @@ def _encoder_file(self: Trainer) -> Path:
         atomic_write(path, weight_bytes({f'encoder.{n}': t for n, t in encoder.state_dict().items()}))
     return path
 
-# %% ../nbs/60_training.ipynb #bcd210fb
+# %% ../nbs/60_training.ipynb #a20ef0e7
 @patch
 def _take_up(self: Trainer, state: dict):
     "Go on where the checkpoint with `state` was written; the weights are there already"
@@ -504,7 +504,7 @@ def _use(self: Trainer, machine: Machine, scaler: dict | None = None):
     self.machine, self.scaler = machine, make_scaler(machine.precision, self.device)
     if scaler: self.scaler.load_state_dict(scaler)
 
-# %% ../nbs/60_training.ipynb #6bf1d007
+# %% ../nbs/60_training.ipynb #cec514d0
 @patch
 def _changes(self: Trainer, state: dict) -> dict[str, list]: # Field → what it was, what it is
     then, now = Config().to_dict() | state['config'], self.config.to_dict()   # fields that did not exist then: what their default does
@@ -521,7 +521,7 @@ def _check_same(self: Trainer, state: dict):
     if other: raise ConfigError(f'{self.run} cannot be continued with this configuration: {"; ".join(other)}. '
                                 'Change it back, or start a new run (--from takes over the weights)')
 
-# %% ../nbs/60_training.ipynb #5292d6a6
+# %% ../nbs/60_training.ipynb #9ec51178
 COUNTED = {'words': 0, 'concepts': 2, 'scst': 2}   # what a part of the loss is a mean over: words, captions (the others) or images
 
 
@@ -552,7 +552,7 @@ def _parts(self: Trainer, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Te
     parts = self.model.parts(batch, c.label_smoothing, self.vocab.pad_id, own)
     return parts, dict(loss=parts['words'].detach())
 
-# %% ../nbs/60_training.ipynb #b4caa654
+# %% ../nbs/60_training.ipynb #7e08e27f
 @patch
 def train_step(self: Trainer, batches: Sequence[Batch]): # One, or as many as are accumulated; a rank's share may be empty
     "Forward, backward and update on the captions of all `batches`"
@@ -589,7 +589,7 @@ def train_step(self: Trainer, batches: Sequence[Batch]): # One, or as many as ar
     self.tick = now
     if self.step % c.log_every == 0: self.log_steps()
 
-# %% ../nbs/60_training.ipynb #197cadfd
+# %% ../nbs/60_training.ipynb #fd519c2a
 @patch
 def _sum_over_ranks(self: Trainer, logged: dict[str, Tensor | float]) -> dict[str, Tensor | float]:
     "Sum gradients, and the numbers in `logged`, over the ranks"
@@ -628,7 +628,7 @@ def memory_hint(config: Config) -> Iterator[None]:
                           f'image_size, precision=\'bf16\'; eval_beam ({config.eval_beam}) if it happened at an evaluation. What was saved '
                           f'is not lost. ({str(e).splitlines()[0][:200]})') from e
 
-# %% ../nbs/60_training.ipynb #a49859a2
+# %% ../nbs/60_training.ipynb #e0e11a49
 @patch
 def _settle(self: Trainer):
     "Turn what is known of the last steps into plain numbers, and see that they are numbers"
@@ -665,7 +665,7 @@ def log(self: Trainer, **values):
         self.events = self.events or EventFiles(self.run/'events', self.begun)
         self.events.write(row)
 
-# %% ../nbs/60_training.ipynb #bea983d1
+# %% ../nbs/60_training.ipynb #b9719b34
 @patch
 def end_epoch(self: Trainer):
     "Log, score the dev split, keep the best, write the checkpoint"
@@ -702,7 +702,7 @@ def give_back_memory():
     try: ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError, TypeError): pass   # not glibc
 
-# %% ../nbs/60_training.ipynb #7a3fc83f
+# %% ../nbs/60_training.ipynb #24503670
 @patch
 def _captions_of(self: Trainer, model: CaptionModel, ids: Sequence[str], width: int, attention: bool = False) -> dict: # Id → Hypothesis
     "The captions of `ids`, each rank writing a share of them; every rank gets all"
@@ -741,7 +741,7 @@ def judge(self: Trainer, value: float, # Higher is better
     if c.schedule == 'plateau' and self.stalled > c.plateau_patience: self.scale, self.stalled = max(self.scale*c.plateau_factor, c.lr_floor), 0
     self.stopped = bool(c.patience) and self.bad >= c.patience
 
-# %% ../nbs/60_training.ipynb #0429b7ff
+# %% ../nbs/60_training.ipynb #cf9c9edc
 class Interrupted(Exception):
     "Somebody wants the run to stop; its state is as at the last step"
 
@@ -780,7 +780,7 @@ def _begin(self: Trainer):
     if self.machine.threads: torch.set_num_threads(self.machine.threads)
     self.save('last')
 
-# %% ../nbs/60_training.ipynb #cc9c6051
+# %% ../nbs/60_training.ipynb #878a73d8
 @patch
 def _loop(self: Trainer, show: Callable):
     c, saved, shown = self.config, time.monotonic(), time.monotonic()
@@ -820,7 +820,7 @@ def _grant(self: Trainer, saved: float) -> float: # Time of the latest checkpoin
     self.save('last')
     return time.monotonic()
 
-# %% ../nbs/60_training.ipynb #cd927efa
+# %% ../nbs/60_training.ipynb #d7cc6f49
 @patch
 def _groups(self: Trainer, show: Callable) -> Iterator[list[Batch]]:
     "The batches of each step, epoch after epoch"
@@ -841,7 +841,7 @@ def status(self: Trainer) -> str:
     dev = f', dev {self.config.monitor} {abs(self.best):.3f} (epoch {self.best_epoch})' if self.best > -math.inf else ''
     return f'epoch {min(self.epoch + 1, self.config.epochs)}/{self.config.epochs}{loss}{dev}'
 
-# %% ../nbs/60_training.ipynb #f3965c89
+# %% ../nbs/60_training.ipynb #120e109a
 @patch
 def _sample_batch(self: Trainer) -> Batch:
     batches = copy.copy(self.batches)   # a copy: the place in the order stays what it is
@@ -883,7 +883,7 @@ def _loop_settings(self: Trainer) -> Iterator[None]:
         torch.use_deterministic_algorithms(deterministic)
         for s, handler in before.items(): signal.signal(s, handler)
 
-# %% ../nbs/60_training.ipynb #8fe1fa60
+# %% ../nbs/60_training.ipynb #454e7778
 @patch
 def _fit_by_ranks(self: Trainer, show: Callable) -> list[dict]:
     "Start the ranks, follow them to the end, and take up what they have learnt"
@@ -905,7 +905,7 @@ def _fit_by_ranks(self: Trainer, show: Callable) -> list[dict]:
     self.ready = False
     return self.history
 
-# %% ../nbs/60_training.ipynb #853c4c57
+# %% ../nbs/60_training.ipynb #e88470f1
 @patch
 def evaluate(self: Trainer, split: str = 'dev', # Which split
              width: int | None = None, # Beam width; None takes the configuration's
@@ -941,7 +941,7 @@ def _write_results(self: Trainer, result: Evaluation):
     if self.critic: results['reward'] = self.critic.signature
     atomic_write(path, json.dumps(results, indent=1) + '\n')
 
-# %% ../nbs/60_training.ipynb #41024f2e
+# %% ../nbs/60_training.ipynb #3e865f15
 @patch
 def teacher_forced(self: Trainer, split: str = 'dev', # Which split
                    ) -> TeacherForced: # The same on every rank
@@ -954,7 +954,7 @@ def teacher_forced(self: Trainer, split: str = 'dev', # Which split
                              rank=ranks.rank, ranks=ranks.size)
     return TeacherForced.of(ranks.sum_(teacher_forced_sums(model, batches)))
 
-# %% ../nbs/60_training.ipynb #ec563f09
+# %% ../nbs/60_training.ipynb #9b643d2b
 def demo_config(**changes, # Fields to set otherwise
                 ) -> Config:
     "The configuration of the demo: 2,000 drawn scenes, a small encoder trained jointly"
@@ -964,7 +964,7 @@ def demo_config(**changes, # Fields to set otherwise
                 threads=1)   # its operations are so small that a second thread mostly waits
     return Config.from_dict(demo | changes)
 
-# %% ../nbs/60_training.ipynb #60a4e876
+# %% ../nbs/60_training.ipynb #c6279454
 def main(arguments: Sequence[str] | None = None) -> int:
     "`python -m caption_nb.training RUN`: train the run folder's config.json to the end and evaluate on dev; one rank, or all of them"
     arguments = sys.argv[1:] if arguments is None else list(arguments)
