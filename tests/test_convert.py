@@ -388,3 +388,20 @@ def test_the_command(scenes, tmp_path, capsys):
     assert main(['convert', str(tmp_path/'a'), str(tmp_path/'d')]) == 2 and 'karpathy, coco2014' in capsys.readouterr().err
     assert main(['convert', str(tmp_path/'a'), str(tmp_path/'d'), '--to', 'coco214']) == 2 and "did you mean 'coco2014'" in capsys.readouterr().err
     assert main(['convert', str(tmp_path/'nowhere'), str(tmp_path/'d'), '--to', 'csv']) == 2 and 'no such folder' in capsys.readouterr().err
+
+
+def test_photos_in_numbered_parquet_files_of_each_split(tmp_path):
+    "train/0000.parquet and test/0000.parquet: photos without names, or with the same ones, stay apart"
+    pa, parquet = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
+    scenes = make_scenes(tmp_path/'scenes', 12, size=64, quiet=True)
+    for name in (None, '0.png'):
+        hub = tmp_path/f'hub-{name}'
+        for s, ids in scenes.splits.items():
+            (hub/s).mkdir(parents=True)
+            rows = [{'bytes': scenes.path(i).read_bytes(), 'path': name and f'{k}.png'} for k, i in enumerate(ids)]
+            parquet.write_table(pa.table({'image': rows, 'caption': [scenes.captions[i] for i in ids]}), hub/s/'0000.parquet')
+        convert(hub, tmp_path/f'new-{name}', 'jsonl', quiet=True)
+        data = load_data(tmp_path/f'new-{name}')
+        assert {s: [data.captions[i] for i in ids] for s, ids in data.splits.items()} == \
+               {s: [scenes.captions[i] for i in ids] for s, ids in scenes.splits.items()}
+        assert data.path(data.splits['test'][0]).read_bytes() == scenes.path(scenes.splits['test'][0]).read_bytes()
