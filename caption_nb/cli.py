@@ -7,7 +7,7 @@ __all__ = ['RUNS_DIR', 'COMMANDS', 'parse_config', 'launch', 'report', 'train', 
            'find_checkpoint_folder', 'caption_photos', 'extract', 'check', 'doctor', 'watch', 'submit', 'sweep',
            'status', 'follow', 'cancel', 'evaluate', 'score', 'compare', 'pull', 'download', 'convert', 'usage', 'main']
 
-# %% ../nbs/90_cli.ipynb #6f7e4193
+# %% ../nbs/90_cli.ipynb #620f319b
 import dataclasses
 import json
 import os
@@ -27,10 +27,10 @@ from .progress import Follow, readable
 from .runs import Run, continue_command, execute, experiment, find_run, list_runs, new_run, reproduce_command, score_lines, write_summary
 from .slurm import BUSY, SlurmError
 
-# %% ../nbs/90_cli.ipynb #67c11cee
+# %% ../nbs/90_cli.ipynb #2a0a9a6a
 if TYPE_CHECKING: from caption_nb.config import Config
 
-# %% ../nbs/90_cli.ipynb #eb694741
+# %% ../nbs/90_cli.ipynb #5f06145b
 def _group_class(group: str, fields: list[dataclasses.Field], values: dict[str, Any]) -> type:
     "A dataclass of the `fields` of one group, which tyro shows under one heading"
     import tyro
@@ -60,7 +60,7 @@ def _flags_class(config: 'Config', # The defaults
 
 
 
-# %% ../nbs/90_cli.ipynb #6b9c0e4e
+# %% ../nbs/90_cli.ipynb #b61f1a73
 def _take(argv: list[str], flag: str) -> tuple[list[str], str]:
     "The words without `flag` and its value, and the value; '' if it is not there"
     at = next((i for i, word in enumerate(argv) if word.split('=')[0] == flag), None)
@@ -73,7 +73,7 @@ def _take(argv: list[str], flag: str) -> tuple[list[str], str]:
 
 def _given(argv: list[str], flag: str, default: str) -> str: return _take(argv, flag)[1] or default
 
-# %% ../nbs/90_cli.ipynb #ac86d162
+# %% ../nbs/90_cli.ipynb #dbac76c7
 def parse_config(argv: list[str], # Words of the command line after the command
                  command: str = 'train', # For the help page
                  doc: str = '', # What the command does
@@ -92,7 +92,7 @@ def parse_config(argv: list[str], # Words of the command line after the command
     values = {k: v for group, part in found.items() if group in GROUPS for k, v in part.items()}
     return Config.from_dict(dataclasses.asdict(config) | values), {k: v for k, v in found.items() if k not in GROUPS}
 
-# %% ../nbs/90_cli.ipynb #ce397408
+# %% ../nbs/90_cli.ipynb #07251ddd
 def launch(config: 'Config', # What to run
            run_dir: str = '', # Exactly this folder, which must not exist; default: a new one in config.runs_dir
            quiet: bool = False, # Show no progress
@@ -126,7 +126,7 @@ def report(run: Path, # Run folder
     print(f'{what}\nrecord: {record}\n{again or f"continue with: {continue_command(run)}"}', file=sys.stderr)
     return 128 + signal.Signals[truth['signal']] if truth['signal'] else 130 if truth['status'] == 'interrupted' else 1
 
-# %% ../nbs/90_cli.ipynb #57e22b4f
+# %% ../nbs/90_cli.ipynb #0532b9af
 def _resumed(argv: list[str], config: 'Config', extra: list[tuple], doc: str) -> 'Config':
     "The configuration of the run that `config.resume` names, with flags that leave it the same experiment"
     from caption_nb.config import CHANGEABLE, Config
@@ -145,7 +145,7 @@ def _run_dir() -> tuple:
     text = 'Exactly this run folder, which must not exist; otherwise a new one in --runs-dir gets a name of its own.'
     return ('run_dir', Annotated[str, tyro.conf.arg(help=text)], dataclasses.field(default=''))
 
-# %% ../nbs/90_cli.ipynb #8a325343
+# %% ../nbs/90_cli.ipynb #dcfdc4b6
 def _preset() -> tuple:
     import tyro
     text = 'A preset (see caption-nb presets) or a YAML file, whose values the other flags change.'
@@ -172,7 +172,7 @@ def _base(argv: list[str]) -> tuple[list[str], 'Config | None']:
     stage = _given(argv, '--stage', 'xe')
     return argv, follow_up(load_preset(preset) if preset else Config.load(folder/'config.json'), folder, stage if stage == 'scst' else 'xe')
 
-# %% ../nbs/90_cli.ipynb #aa72a0db
+# %% ../nbs/90_cli.ipynb #e151b083
 def train(argv: list[str]) -> int:
     "Train a captioner, caption and score the held-out photos, and record it all in a run folder."
     argv, base = _base(argv)
@@ -190,7 +190,7 @@ def demo(argv: list[str]) -> int:
     config, extra = parse_config(argv, 'demo', demo.__doc__, default=demo_config(), extra=[_run_dir()])
     return launch(config, extra['run_dir'])
 
-# %% ../nbs/90_cli.ipynb #b0304b5b
+# %% ../nbs/90_cli.ipynb #4f6447d8
 def presets(argv: list[str]) -> int:
     "List the configurations that are shipped, for train --preset NAME."
     import tyro
@@ -236,7 +236,7 @@ def _caption_arguments(argv: list[str]) -> dict[str, Any]:
         return dict(locals())
     return tyro.cli(arguments, prog='caption-nb caption', description=caption.__doc__, args=argv)
 
-# %% ../nbs/90_cli.ipynb #06684211
+# %% ../nbs/90_cli.ipynb #013cf03e
 def caption(argv: list[str]) -> int:
     "Caption photos with the best checkpoint of a run, or by the vote of several."
     a = _caption_arguments(argv)
@@ -252,7 +252,7 @@ def find_checkpoint_folder(run: str, # Run folder, part of its name, or a checkp
     "The checkpoint that `run` means"
     return Path(run) if (Path(run)/'model.safetensors').is_file() else Run(run, runs_dir).checkpoint()
 
-# %% ../nbs/90_cli.ipynb #86e527f0
+# %% ../nbs/90_cli.ipynb #e6ff8960
 def caption_photos(folders: list[Path], # Checkpoint folders: one model, or several that vote
                    photos: tuple[str, ...], # Image files
                    options: dict[str, Any], # For `Captioner.search`, or with a temperature for `Captioner.sample`
@@ -275,7 +275,7 @@ def caption_photos(folders: list[Path], # Checkpoint folders: one model, or seve
         else: print('\n'.join(f'{photo}: {text}' for text in texts), flush=True)
     return status
 
-# %% ../nbs/90_cli.ipynb #92cb774d
+# %% ../nbs/90_cli.ipynb #dd58112f
 def extract(argv: list[str]) -> int:
     "Encode every photo once and store the features, for all runs that use this encoder."
     from caption_nb.pca import stored_pca
@@ -300,14 +300,14 @@ def check(argv: list[str]) -> int:
     def arguments(data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar='DATA', help='Folder with images and captions.')],
                   layout: Annotated[str, tyro.conf.arg(help='How the captions are stored; auto looks.')] = 'auto',
                   workers: Annotated[int, tyro.conf.arg(help='Processes that open photos.')] = 2,
-                  photos: Annotated[bool, tyro.conf.arg(help='Open every photo; --no-photos looks only whether it is there.')] = True):
+                  photos: Annotated[bool, tyro.conf.arg(help='Open every photo; --no-photos looks at captions and splits alone.')] = True):
         return data, layout, workers, photos
     data, layout, workers, photos = tyro.cli(arguments, prog='caption-nb check', description=check.__doc__, args=argv)
     result = check_data(load_data(data, layout, strict=False), workers=workers, photos=photos)
     print(result)
     return 0 if result.ok else 1
 
-# %% ../nbs/90_cli.ipynb #a37da231
+# %% ../nbs/90_cli.ipynb #23183b39
 def _doctor_flags() -> list[tuple]:
     "Flags of doctor, for `parse_config`"
     import tyro
@@ -339,7 +339,7 @@ def doctor(argv: list[str]) -> int: # Exit status: 1 if there are faults
     if a['figure']: found.figure(a['figure'])
     return 0 if found.ok else 1
 
-# %% ../nbs/90_cli.ipynb #8692c4db
+# %% ../nbs/90_cli.ipynb #3f1ff7fc
 def _watch_arguments(argv: list[str]) -> tuple[str, float, bool, str]:
     import tyro
     def arguments(run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar='RUN', help='Run folder, or part of its name.')],
@@ -368,7 +368,7 @@ def watch(argv: list[str]) -> int: # Exit status: 1 if the run ended without bei
     except KeyboardInterrupt: print('\nleft; the run goes on')
     return 0
 
-# %% ../nbs/90_cli.ipynb #4ce788b3
+# %% ../nbs/90_cli.ipynb #f78cfc57
 def _arguments(command: Callable, # Whose name and docstring the help page has
                argv: list[str], # Words of the command line
                positional: tuple[str, str] = ('', ''), # Name and meaning of the words that are no flags
@@ -391,7 +391,7 @@ def _arguments(command: Callable, # Whose name and docstring the help page has
     found = tyro.cli(form, prog=f'caption-nb {command.__name__}', description=command.__doc__, args=argv, config=(tyro.conf.OmitArgPrefixes,))
     return dataclasses.asdict(found)
 
-# %% ../nbs/90_cli.ipynb #dcf9b58b
+# %% ../nbs/90_cli.ipynb #1b13a77d
 RUNS_DIR = (str, 'papermill_runs', 'Where names of runs are looked up.')
 
 
@@ -432,7 +432,7 @@ def _profile(name: str, changes: dict[str, Any]):
         raise ValueError(f'say with --profile where it shall run: {", ".join(known())}, or a file of your own (see slurm/README.md)')
     return load_profile(name or 'default', **changes)
 
-# %% ../nbs/90_cli.ipynb #3775ed43
+# %% ../nbs/90_cli.ipynb #44687706
 def _profile_again(config: 'Config', changes: dict[str, Any]):
     "The profile with which the run `config.resume` was submitted before, with `changes`"
     from caption_nb.jobs import read_job
@@ -441,7 +441,7 @@ def _profile_again(config: 'Config', changes: dict[str, Any]):
     if not (folder/'job.json').is_file(): return _profile('', changes)
     return Profile.from_dict(read_job(folder)['profile'] | {k: v for k, v in changes.items() if v not in (None, '')})
 
-# %% ../nbs/90_cli.ipynb #c97add23
+# %% ../nbs/90_cli.ipynb #9b5cf228
 def submit(argv: list[str]) -> int:
     "Hand steps of a run to SLURM: extract, train, scst, evaluate, compare. For example: submit train --profile one-gpu."
     from caption_nb import slurm
@@ -471,7 +471,7 @@ def _check_files(config: 'Config', profile: Any, notebook: str):
     if config.data != 'scenes' and not (Path(profile.work or '.')/config.data).exists():
         raise FileNotFoundError(f'--data {config.data}: no such file or folder (from {Path(profile.work or ".").resolve()})')
 
-# %% ../nbs/90_cli.ipynb #76723c85
+# %% ../nbs/90_cli.ipynb #c79c228e
 def _new_job(config: 'Config', profile: Any, steps: tuple[str, ...], flags: dict[str, Any]) -> Path | None:
     "A new run with its job folder; None after a dry run, which leaves nothing behind"
     from caption_nb.submit import discard, make_runs, new_job, visibility_warning
@@ -502,7 +502,7 @@ def _show(folder: Path, profile: Any, left: dict | None = None, job: dict | None
             try: print(slurm.test(script), file=sys.stderr)
             except slurm.SlurmError as e: print(e, file=sys.stderr)
 
-# %% ../nbs/90_cli.ipynb #fb07167c
+# %% ../nbs/90_cli.ipynb #b9813b65
 def _job_again(argv: list[str], config: 'Config', extra: list, profile: Any, steps: tuple[str, ...], flags: dict[str, Any]) -> Path | None:
     "The job folder of a run that goes on; None after a dry run"
     from caption_nb.config import Config
@@ -525,7 +525,7 @@ def _job_again(argv: list[str], config: 'Config', extra: list, profile: Any, ste
     print(f'run folder: {run}', flush=True)
     return folder
 
-# %% ../nbs/90_cli.ipynb #b878167a
+# %% ../nbs/90_cli.ipynb #7197614a
 def _submitted(folder: Path, left: dict[str, list[int]], new: bool, after: Sequence[int]) -> list:
     "Hand what is left to SLURM; if it refuses all of it, nothing stays of folders that are `new`"
     from caption_nb.jobs import read_job
@@ -554,7 +554,7 @@ def _hand_over(folder: Path, profile: Any, left: dict[str, list[int]], new: bool
     print(f'{done} of {len(codes)} steps done; caption-nb status {shlex.quote(name)} shows the runs')
     return 0 if done == len(codes) else max(1, *codes.values())
 
-# %% ../nbs/90_cli.ipynb #48bc332f
+# %% ../nbs/90_cli.ipynb #d5c06a35
 def sweep(argv: list[str]) -> int:
     "Many runs from one page: a grid, a list, a random search. Given again, it runs only what is missing or failed."
     from caption_nb.submit import left_to_do, runs_folder, visibility_warning
@@ -579,7 +579,7 @@ def sweep(argv: list[str]) -> int:
     if profile.slurm and (doubt := visibility_warning(folder)): print(f'caution: {doubt}', file=sys.stderr)
     return _hand_over(folder, profile, left, new, jobs=a['jobs']) if left else 0
 
-# %% ../nbs/90_cli.ipynb #954b8ad5
+# %% ../nbs/90_cli.ipynb #1f094df9
 def _sweep_tasks(found: Any, folder: Path, profile: Any, a: dict[str, Any]) -> list[int]:
     "Make the job folder of a sweep, or add to it what is new; the numbers of its tasks"
     from caption_nb.jobs import read_job
@@ -615,7 +615,7 @@ def _show_sweep(found: Any, folder: Path, profile: Any, a: dict[str, Any]) -> in
     finally: discard(folder)
     return 0
 
-# %% ../nbs/90_cli.ipynb #9f68a546
+# %% ../nbs/90_cli.ipynb #66d6598d
 def status(argv: list[str]) -> int:
     "One table of runs: jobs, states and reasons, progress, last score, time left."
     from caption_nb.monitor import show_status
@@ -650,7 +650,7 @@ def cancel(argv: list[str]) -> int:
         if target.pid: os.kill(target.pid, signal.SIGTERM)
     return 0
 
-# %% ../nbs/90_cli.ipynb #63ad0ce4
+# %% ../nbs/90_cli.ipynb #311bd22f
 def evaluate(argv: list[str]) -> int:
     "Caption a split with the best checkpoint of a run, and score it in every way; the record lies in the run's folder."
     from caption_nb.run_evaluation import evaluate_run
@@ -676,7 +676,7 @@ def evaluate(argv: list[str]) -> int:
           f'errors: {truth["out"]/"errors.html"}', sep='\n')
     return 0
 
-# %% ../nbs/90_cli.ipynb #1bdc3655
+# %% ../nbs/90_cli.ipynb #9d20f683
 def score(argv: list[str]) -> int:
     "Score anybody's files of captions against references: coco-caption's numbers and names, without a model, with intervals."
     from caption_nb.evaluation import score_files
@@ -697,7 +697,7 @@ def score(argv: list[str]) -> int:
     print(json.dumps(found.to_dict(), ensure_ascii=False, indent=1) if as_json else found.text())
     return 0
 
-# %% ../nbs/90_cli.ipynb #0c286e90
+# %% ../nbs/90_cli.ipynb #1bd48d34
 def compare(argv: list[str]) -> int:
     "A leaderboard of runs: means over seeds, curves, cost, how to reproduce each. Refuses to rank what was measured differently."
     from caption_nb.leaderboard import compare as compare_runs
@@ -728,7 +728,7 @@ def pull(argv: list[str]) -> int:
     print('\n'.join(pull_lines(where, names, a['to'], a['checkpoints'])))
     return 0
 
-# %% ../nbs/90_cli.ipynb #b8380b33
+# %% ../nbs/90_cli.ipynb #320166f4
 def download(argv: list[str]) -> int:
     "Bring a data set or word vectors here: mirrors, resumed, checked, unpacked safely. Without a name: what there is."
     from caption_nb.download import catalogue, find_source, url_lines, verify
@@ -754,7 +754,7 @@ def download(argv: list[str]) -> int:
         else: bring(source.name, folder, **{name: a[name] for name in ('accept_licence', 'force', 'keep', 'from_folder', 'stall')})
     return int(status)
 
-# %% ../nbs/90_cli.ipynb #087c4d34
+# %% ../nbs/90_cli.ipynb #3fb05c80
 def convert(argv: list[str]) -> int:
     "Write a data set in another layout: caption-nb convert SRC DST --to LAYOUT. What that cannot hold is said before."
     from caption_nb.convert import FORMS
@@ -776,7 +776,7 @@ def convert(argv: list[str]) -> int:
     print(write(*folders, a.pop('to'), images=a.pop('images') or None, **a))
     return 0
 
-# %% ../nbs/90_cli.ipynb #ddd0f57c
+# %% ../nbs/90_cli.ipynb #539a10f6
 COMMANDS = dict(demo=demo, download=download, convert=convert, check=check, doctor=doctor, extract=extract, train=train, evaluate=evaluate, score=score,
                 caption=caption, submit=submit, sweep=sweep, status=status, follow=follow, watch=watch, cancel=cancel, compare=compare,
                 runs=runs, pull=pull, presets=presets)
@@ -816,5 +816,5 @@ def main(argv: list[str] | None = None, # Default: the words of the command line
         print('\n'.join(f'caption-nb {argv[0]}: {line}' for line in str(e).splitlines()), file=sys.stderr)
         return 2
 
-# %% ../nbs/90_cli.ipynb #4dbfe0f8
+# %% ../nbs/90_cli.ipynb #7b854ae4
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

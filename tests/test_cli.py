@@ -166,6 +166,17 @@ def test_runs_and_caption_messages(tmp_path, capsys, monkeypatch):
     assert status == 2 and 'trained jointly' in err
 
 
+def test_check_with_and_without_photos(tmp_path, capsys):
+    "A damaged photo is found by who opens it"
+    from caption_nb.scenes import make_scenes
+    make_scenes(tmp_path/'scenes', 12)
+    next((tmp_path/'scenes').rglob('*.png')).write_bytes(b'')
+    status, out, _ = said(capsys, 'check', str(tmp_path/'scenes'))
+    assert status == 1 and 'truncated' in out
+    status, out, _ = said(capsys, 'check', str(tmp_path/'scenes'), '--no-photos')
+    assert status == 0 and 'truncated' not in out
+
+
 def test_help_is_quick_and_torch_free(tmp_path):
     code = "import sys; from caption_nb.cli import main; main(['--help']); main(['--version']); sys.exit('torch' in sys.modules)"
     start = time.monotonic()
