@@ -437,7 +437,8 @@ def test_a_tar_whose_long_name_is_a_bomb(tmp_path):
 
 
 @pytest.mark.parametrize('content', [GOOD[:len(GOOD)//2], GOOD[:-4000] + bytes(4000), b'PK\3\4' + bytes(1000),
-                                     tarred(*PHOTOS.items())[:400_000], gzip.compress(b'no tar'), b'plain text', b''])
+                                     tarred(*PHOTOS.items())[:400_000], gzip.compress(b'no tar'), b'plain text', b''],
+                         ids=['half a zip', 'zip without its end', 'zip in name', 'half a tar', 'gzip of no tar', 'text', 'empty'])
 def test_damaged_archives_are_named(tmp_path, content):
     (tmp_path/'bad.zip').write_bytes(content)
     with pytest.raises(DownloadError, match=r'bad.zip .*(--force|own source)'): unpack(tmp_path/'bad.zip', tmp_path/'in', quiet=True)
