@@ -18,6 +18,8 @@ def need(name: str, there: bool, reason: str):
     pytest.skip(reason)
 
 
+LONG = pytest.mark.skipif(not os.environ.get('CAPTION_NB_LONG'), reason='takes minutes: CAPTION_NB_LONG=1 runs it, and .ci/run does')
+
 SLOW = ('test_on_slurm', 'test_sweep_on_slurm', 'test_cluster_faults', 'test_gpu', 'test_jobs', 'test_cli', 'test_faults', 'test_slurm',
         'test_run_evaluation', 'test_docs', 'test_text', 'test_metrics', 'test_pretrained_metrics', 'test_meteor',
         'test_reduced_runs', 'test_features', 'test_encoders', 'test_doctor', 'test_array_layouts', 'test_convert', 'test_images')

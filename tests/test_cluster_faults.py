@@ -6,12 +6,13 @@ import time
 import pytest
 from cluster import install_packages
 from cluster_faults import KINDS, MOMENTS, Campaign, Case, failures, plan, table
-from conftest import need
+from conftest import LONG, need
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 SEED = int(os.environ.get('CAPTION_NB_FAULT_SEED', '0'))
 
 
+@LONG
 def test_short_campaign(tmp_path):
     "Told to stop, killed, cut off, restarted behind its back; what takes SLURM minutes is left to the long campaign"
     reason = install_packages()

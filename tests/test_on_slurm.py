@@ -1,6 +1,5 @@
 "From a command line to an executed record on a real SLURM: one run, two nodes, many at once, deaf cells, names that a shell would obey, refusals"
 import json
-import os
 import random
 import re
 import shutil
@@ -11,13 +10,12 @@ from pathlib import Path
 import nbformat
 import pytest
 from cluster import Cluster, until
-from conftest import ROOT, _cluster
+from conftest import LONG, ROOT, _cluster
 from slurm_runs import TINY, TRAIN, check_record, command, done, flags, jobs, logs, notebook, read_json, said, say, task_runs, toml
 
 from caption_nb import slurm
 from caption_nb.profiles import check_script, load_profile, slurm_folder
 
-LONG = pytest.mark.skipif(not os.environ.get('CAPTION_NB_LONG'), reason='takes minutes: CAPTION_NB_LONG=1 runs it, and .ci/run does')
 QUICK = '''import json, time
 from pathlib import Path
 time.sleep(0.5)
