@@ -215,24 +215,23 @@ def test_nobody_listens(tmp_path):
     assert not names(tmp_path)
 
 
-def test_redirect(web, tmp_path):
-    def moved(handler):
+def moved_to(url: str):
+    def answer(handler):
         handler.send_response(302)
-        handler.send_header('Location', web.url('elsewhere/good.zip'))
+        handler.send_header('Location', url)
         handler.send_header('Content-Length', '0')
         handler.end_headers()
-    web.pages |= {'good.zip': moved, 'elsewhere/good.zip': once(lambda h: serve(h, GOOD, 0.3), lambda h: serve(h, GOOD))}
+    return answer
+
+
+def test_redirect(web, tmp_path):
+    web.pages |= {'good.zip': moved_to(web.url('elsewhere/good.zip')), 'elsewhere/good.zip': once(lambda h: serve(h, GOOD, 0.3), lambda h: serve(h, GOOD))}
     assert get(remote(web), tmp_path).read_bytes() == GOOD
     assert web.ranges()[-1] == f'bytes={round(0.3*len(GOOD))}-'   # the range goes along
 
 
 def test_redirect_in_circles(web, tmp_path):
-    def circle(handler):
-        handler.send_response(302)
-        handler.send_header('Location', web.url('good.zip'))
-        handler.send_header('Content-Length', '0')
-        handler.end_headers()
-    web.pages['good.zip'] = circle
+    web.pages['good.zip'] = moved_to(web.url('good.zip'))
     with pytest.raises(DownloadError, match='302'): get(remote(web), tmp_path)
 
 
